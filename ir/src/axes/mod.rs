@@ -1,0 +1,162 @@
+//! Axis analysis: along which axis of which tensor do the tokens run?
+//!
+//! From a tensor that is known to carry the tokens, [`Axes::follow`] propagates that knowledge through the graph. Every
+//! operator has a transfer rule ([`transfer`]) that says what its results look like and what its own dependence on
+//! the token count is ([`Effect`]). An operator without a rule, or one that mixes tokens in a way that depends on their
+//! number or order, *pins* them: the analysis records where and why, and goes no further there.
+//!
+//! What the analysis claims: between the origin and a pin, replacing the tokens by any regrouping of them (with the
+//! effects attended to) gives a well-formed graph whose every operator treats tokens alike.
+
+mod layout;
+mod transfer;
+
+use std::collections::HashMap;
+
+use crate::graph::Graph;
+use crate::{Expr, NodeId, Shapes, ValueId};
+
+pub use layout::{Atom, Axis, Layout, Span};
+
+/// How a node depends on the number of tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// The operand in `slot` states the shape of the result, which holds tokens.
+    Shape {
+        /// Operand with the shape.
+        slot: usize,
+    },
+    /// Takes tokens up to an end that is given as a position; `slot` is the operand with the ends.
+    SliceEnd {
+        /// Operand with the ends.
+        slot: usize,
+    },
+    /// The operand in `slot` does not come from the tokens but has an entry for each; all entries are equal.
+    UniformTable {
+        /// The operand.
+        slot: usize,
+    },
+    /// A softmax over tokens: attention.
+    Attend,
+    /// The mean over tokens.
+    Pool {
+        /// Which tokens.
+        span: Span,
+        /// Axis of the operand.
+        axis: usize,
+    },
+    /// The sum or maximum over tokens; the sum depends on their number.
+    Reduce {
+        /// Which tokens.
+        span: Span,
+        /// Axis of the operand.
+        axis: usize,
+    },
+    /// Single tokens are taken by position: `first..first+count` from the front, or counted from the end.
+    Pick {
+        /// First position, negative from the end.
+        first: i64,
+        /// How many.
+        count: usize,
+    },
+    /// The tokens cannot be followed through this node.
+    Pinned {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Which tensors carry the tokens, and how.
+#[derive(Clone, Debug)]
+pub struct Axes {
+    origin: ValueId,
+    tokens: Expr,
+    layouts: HashMap<ValueId, Layout>,
+    effects: Vec<(NodeId, Effect)>,
+}
+
+impl Axes {
+    /// Follows the tokens from `origin`, along whose axis `axis` they run.
+    ///
+    /// Errors say why the origin cannot carry tokens.
+    pub fn follow(graph: &Graph, shapes: &Shapes, origin: ValueId, axis: usize, opset: i64) -> Result<Self, String> {
+        let dims = shapes.dims(origin).ok_or_else(|| {
+            let reason = shapes.reason(origin).unwrap_or("unknown");
+            format!("the shape of '{}' is not known: {reason}", graph.value(origin).name())
+        })?;
+        let tokens = dims.get(axis).ok_or("no such axis")?.clone();
+        let axes = dims.iter().enumerate().map(|(at, dim)| if at == axis { Axis::tokens(Span::ALL) } else { Axis::plain(dim) });
+        let batch = dims.iter().enumerate().find(|(at, _)| *at != axis).map_or(Expr::known(1), |(_, dim)| dim.clone());
+        let mut analysis = Self {
+            origin,
+            tokens,
+            layouts: HashMap::from([(origin, Layout(axes.collect()))]),
+            effects: Vec::new(),
+        };
+        for (id, node) in graph.nodes() {
+            let carries = node.operands().any(|value| analysis.layouts.contains_key(&value));
+            let captured = node.captures.iter().any(|value| analysis.layouts.contains_key(value));
+            if node.results().any(|value| value == origin) || !(carries || captured) {
+                continue;
+            }
+            if captured {
+                let reason = "a nested graph reads the tokens".to_owned();
+                analysis.effects.push((id, Effect::Pinned { reason }));
+                continue;
+            }
+            let context = transfer::Context { graph, shapes, opset, tokens: &analysis.tokens, batch: &batch, layouts: &analysis.layouts };
+            match context.transfer(node) {
+                Ok(flow) => {
+                    analysis.effects.extend(flow.effects.into_iter().map(|effect| (id, effect)));
+                    for (slot, layout) in flow.layouts.into_iter().enumerate() {
+                        if let (Some(value), Some(layout)) = (node.output(slot), layout) {
+                            if layout.has_tokens() {
+                                analysis.layouts.insert(value, layout);
+                            }
+                        }
+                    }
+                }
+                Err(reason) => analysis.effects.push((id, Effect::Pinned { reason })),
+            }
+        }
+        Ok(analysis)
+    }
+
+    /// The tensor that the analysis started from.
+    pub fn origin(&self) -> ValueId {
+        self.origin
+    }
+
+    /// Number of tokens before any regrouping.
+    pub fn tokens(&self) -> &Expr {
+        &self.tokens
+    }
+
+    /// The layout of a value that carries tokens.
+    pub fn layout(&self, value: ValueId) -> Option<&Layout> {
+        self.layouts.get(&value)
+    }
+
+    /// Whether tokens run along an axis of the value.
+    pub fn carries(&self, value: ValueId) -> bool {
+        self.layouts.contains_key(&value)
+    }
+
+    /// Every dependence on the token count, in graph order.
+    pub fn effects(&self) -> &[(NodeId, Effect)] {
+        &self.effects
+    }
+
+    /// The effects of one node.
+    pub fn effects_of(&self, node: NodeId) -> impl Iterator<Item = &Effect> {
+        self.effects.iter().filter(move |(id, _)| *id == node).map(|(_, effect)| effect)
+    }
+
+    /// Where the tokens are pinned, and why.
+    pub fn pins(&self) -> impl Iterator<Item = (NodeId, &str)> {
+        self.effects.iter().filter_map(|(id, effect)| match effect {
+            Effect::Pinned { reason } => Some((*id, reason.as_str())),
+            _ => None,
+        })
+    }
+}

@@ -1,0 +1,38 @@
+//! Graphs of ONNX models: representation, edits, shapes and analysis.
+//!
+//! [`Model::read`] gives a model whose weights stay in the file's memory map; [`Patch`] describes edits;
+//! [`validate`] lists and checks the invariants; [`Model::write`] demands their proof.
+#![forbid(unsafe_code)]
+
+mod axes;
+mod builder;
+mod dim;
+mod graph;
+mod id;
+mod inline;
+mod model;
+mod onnx;
+mod patch;
+mod shapes;
+mod tensor;
+mod text;
+pub mod validate;
+
+pub use axes::{Atom, Axes, Axis, Effect, Layout, Span};
+pub use builder::GraphBuilder;
+pub use dim::Expr;
+pub use graph::{Attribute, Def, Graph, Node, OpType, OpaqueAttribute, Use, Value};
+pub use id::{NodeId, ValueId};
+pub use inline::{InlineError, inline_functions};
+pub use model::{FileError, Function, Model, Opsets};
+pub use onnx::DecodeError;
+pub use patch::{Diff, Patch, PatchError};
+pub use shapes::Shapes;
+pub use tensor::{DataType, DimSpec, Tensor, TensorType};
+pub use text::print_graph;
+pub use validate::{Verified, Violation, Violations};
+
+/// Attribute type codes of the specification, for references to a function's attributes.
+pub mod attribute_type {
+    pub use crate::onnx::attribute_type::{FLOAT, FLOATS, INT, INTS, STRING, STRINGS, TENSOR};
+}

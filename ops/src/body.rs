@@ -1,0 +1,120 @@
+//! A builder for bodies that hides what changed between versions of the standard operator set.
+
+use vitrim_ir::{Attribute, Function, GraphBuilder, OpType, Tensor, ValueId, attribute_type};
+
+use crate::DOMAIN;
+
+/// A function body under construction. Scalars of the attributes are handled as 1-D tensors of one element, because
+/// most operators that take positions want them so.
+pub(crate) struct Body {
+    graph: GraphBuilder,
+    opset: i64,
+}
+
+impl Body {
+    pub fn new(opset: i64) -> Self {
+        assert!(opset >= crate::MIN_OPSET, "bodies need opset {} or newer", crate::MIN_OPSET);
+        Self { graph: GraphBuilder::new(), opset }
+    }
+
+    pub fn input(&mut self, name: &str) -> ValueId {
+        self.graph.input(name, None)
+    }
+
+    pub fn finish(mut self, name: &str, attributes: &[&str], outputs: &[(&str, ValueId)], doc: &str) -> Function {
+        for (name, value) in outputs {
+            self.graph.output(name, *value, None);
+        }
+        let attributes = attributes.iter().map(|&name| name.to_owned()).collect();
+        Function::new(OpType::of(DOMAIN, name), attributes, self.graph.finish(), self.opset, doc)
+    }
+
+    pub fn op(&mut self, name: &str, hint: &str, inputs: &[ValueId]) -> ValueId {
+        self.graph.op(name, hint, inputs, &[])
+    }
+
+    pub fn op_with(&mut self, name: &str, hint: &str, inputs: &[ValueId], attributes: &[(&str, Attribute)]) -> ValueId {
+        self.graph.op(name, hint, inputs, attributes)
+    }
+
+    /// The function's integer attribute `name`, as `[1]`.
+    pub fn attribute(&mut self, name: &str) -> ValueId {
+        let reference = Attribute::Ref(name.into(), attribute_type::INT);
+        let scalar = self.graph.op("Constant", &format!("{name}_scalar"), &[], &[("value_int", reference)]);
+        self.unsqueeze(scalar, &[0], name)
+    }
+
+    pub fn ints(&mut self, hint: &str, values: &[i64]) -> ValueId {
+        self.graph.tensor(hint, Tensor::shape(values))
+    }
+
+    pub fn float(&mut self, hint: &str, value: f32) -> ValueId {
+        self.graph.tensor(hint, Tensor::f32(value))
+    }
+
+    pub fn unsqueeze(&mut self, value: ValueId, axes: &[i64], hint: &str) -> ValueId {
+        let axes = self.ints(&format!("{hint}_axes"), axes);
+        self.op("Unsqueeze", hint, &[value, axes])
+    }
+
+    /// Converts to float32. Where it is float32 already, runtimes drop the node.
+    pub fn to_f32(&mut self, value: ValueId, hint: &str) -> ValueId {
+        self.op_with("Cast", hint, &[value], &[("to", Attribute::Int(1))])
+    }
+
+    /// Every `step`-th entry of `axis` from `start` to before `end`.
+    pub fn slice(&mut self, value: ValueId, start: ValueId, end: ValueId, axis: i64, step: i64, hint: &str) -> ValueId {
+        let axis = self.ints(&format!("{hint}_axis"), &[axis]);
+        let step = self.ints(&format!("{hint}_step"), &[step]);
+        self.op("Slice", hint, &[value, start, end, axis, step])
+    }
+
+    /// The sum over the last axis, which stays with extent one.
+    pub fn sum_last(&mut self, value: ValueId, hint: &str) -> ValueId {
+        let axes = self.ints(&format!("{hint}_axes"), &[-1]);
+        self.op_with("ReduceSum", hint, &[value, axes], &[("keepdims", Attribute::Int(1))])
+    }
+
+    /// The largest entry along the last axis, which goes away.
+    pub fn max_last(&mut self, value: ValueId, hint: &str) -> ValueId {
+        let keep = ("keepdims", Attribute::Int(0));
+        if self.opset >= 18 {
+            let axes = self.ints(&format!("{hint}_axes"), &[-1]);
+            self.op_with("ReduceMax", hint, &[value, axes], &[keep])
+        } else {
+            self.op_with("ReduceMax", hint, &[value], &[("axes", Attribute::Ints(vec![-1])), keep])
+        }
+    }
+
+    /// Positions along axis 1 in falling (or rising) order of value, the lowest position first among equals.
+    pub fn argsort(&mut self, value: ValueId, count: ValueId, falling: bool, hint: &str) -> ValueId {
+        let attributes = [("axis", Attribute::Int(1)), ("largest", Attribute::Int(falling.into()))];
+        let inputs = vec![Some(value), Some(count)];
+        self.graph.call(OpType::standard("TopK"), hint, inputs, &attributes, 2)[1]
+    }
+
+    /// `[0, 1, …, count - 1]` for a `count` of shape `[1]`.
+    pub fn iota(&mut self, count: ValueId, hint: &str) -> ValueId {
+        let zero = self.graph.tensor(&format!("{hint}_zero"), Tensor::i64(0));
+        let one = self.graph.tensor(&format!("{hint}_one"), Tensor::i64(1));
+        let axis = self.ints(&format!("{hint}_axis"), &[0]);
+        let limit = self.op("Squeeze", &format!("{hint}_count"), &[count, axis]);
+        self.op("Range", hint, &[zero, limit, one])
+    }
+
+    /// Rows of `x` `[B, N, C]` at positions `[B, K]`: `[B, K, C]`.
+    pub fn rows(&mut self, x: ValueId, positions: ValueId, hint: &str) -> ValueId {
+        let indices = self.unsqueeze(positions, &[-1], &format!("{hint}_at"));
+        self.op_with("GatherND", hint, &[x, indices], &[("batch_dims", Attribute::Int(1))])
+    }
+
+    /// Entries of `table` `[B, N]` at positions `[B, K]`: `[B, K]`.
+    pub fn entries(&mut self, table: ValueId, positions: ValueId, hint: &str) -> ValueId {
+        self.op_with("GatherElements", hint, &[table, positions], &[("axis", Attribute::Int(1))])
+    }
+
+    /// Joins along `axis`.
+    pub fn concat(&mut self, parts: &[ValueId], axis: i64, hint: &str) -> ValueId {
+        self.op_with("Concat", hint, parts, &[("axis", Attribute::Int(axis))])
+    }
+}

@@ -1,0 +1,84 @@
+//! The work of a model, as far as token counts change it: multiplications of matrices and convolutions.
+
+use serde::Serialize;
+use vitrim_ir::{Expr, Model, Node, ValueId};
+
+use crate::recognise::VitModel;
+use crate::schedule::Step;
+
+/// Work for one image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Cost {
+    /// Floating-point operations of matrix products and convolutions (a multiplication and an addition are two).
+    pub flops: u64,
+}
+
+/// The work of the model when each block does to the token count what `steps` say; without steps, as it is.
+///
+/// `None` where an extent beside the batch is known only at run time.
+pub fn cost(model: &Model, vit: &VitModel, steps: &[Step]) -> Option<Cost> {
+    let graph = model.graph();
+    let tokens = vit.tokens().as_known()?;
+    // Tokens behind each cut; a node is behind a cut if it comes after it and carries tokens.
+    let cuts: Vec<_> = vit.blocks.iter().map(|block| block.cut).collect();
+    let mut count_of: std::collections::HashMap<ValueId, i64> = std::collections::HashMap::new();
+    count_of.insert(vit.axes.origin(), tokens);
+    let mut flops = 0u64;
+    for (id, node) in graph.nodes() {
+        let count = node.operands().filter_map(|value| count_of.get(&value).copied()).min().unwrap_or(tokens);
+        flops = flops.checked_add(node_flops(vit, node, count)?)?;
+        let after = match cuts.iter().position(|&cut| cut == id) {
+            Some(block) => steps.get(block).map_or(count, |step| step.after() as i64),
+            None => count,
+        };
+        count_of.extend(node.results().filter(|&value| vit.axes.carries(value)).map(|value| (value, after)));
+    }
+    Some(Cost { flops })
+}
+
+/// Extents of a value for one image and `tokens` tokens.
+fn extents(vit: &VitModel, value: ValueId, tokens: i64) -> Option<Vec<i64>> {
+    let batch = vit.batch();
+    let one_image = |extent: &Expr| {
+        let batch = batch.as_symbol();
+        extent.eval(&|symbol| (Some(symbol) == batch).then_some(1))
+    };
+    let count = Expr::known(tokens);
+    match vit.axes.layout(value) {
+        Some(layout) => layout.0.iter().map(|axis| one_image(&axis.extent(&count)?)).collect(),
+        None => vit.shapes.dims(value)?.iter().map(one_image).collect(),
+    }
+}
+
+fn node_flops(vit: &VitModel, node: &Node, tokens: i64) -> Option<u64> {
+    let product = |extents: &[i64]| extents.iter().try_fold(1u64, |all, &extent| all.checked_mul(u64::try_from(extent).ok()?));
+    let name = node.op.name.as_str();
+    let inner = match name {
+        "MatMul" | "FusedMatMul" | "Gemm" | "MatMulInteger" | "QLinearMatMul" => {
+            let a = extents(vit, node.input(0)?, tokens)?;
+            let last = a.len().checked_sub(1)?;
+            let transposed = node.int("transA").unwrap_or(0) != 0;
+            *a.get(if transposed { last.checked_sub(1)? } else { last })?
+        }
+        "Conv" => {
+            let kernel = extents(vit, node.input(1)?, tokens)?;
+            kernel.get(1..)?.iter().product()
+        }
+        "Attention" => {
+            // Scores and mixing.
+            let (q, k) = (extents(vit, node.input(0)?, tokens)?, extents(vit, node.input(1)?, tokens)?);
+            let keys = k.get(k.len().checked_sub(2)?)?;
+            return product(&q)?.checked_mul(u64::try_from(*keys).ok()?)?.checked_mul(4);
+        }
+        "Einsum" => {
+            let (a, b) = (extents(vit, node.input(0)?, tokens)?, extents(vit, node.input(1)?, tokens)?);
+            let out = extents(vit, node.output(0)?, tokens)?;
+            // Every index of a product appears twice among operands and result, so their product is a square.
+            let all = product(&a)? as f64 * product(&b)? as f64 * product(&out)? as f64;
+            return Some((2.0 * all.sqrt()) as u64);
+        }
+        _ => return Some(0),
+    };
+    let out = extents(vit, node.output(0)?, tokens)?;
+    product(&out)?.checked_mul(u64::try_from(inner).ok()?)?.checked_mul(2)
+}

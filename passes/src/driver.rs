@@ -1,0 +1,113 @@
+//! The driver: the one door through which models change. Passes propose, the driver applies, validates after each, and
+//! records in the file what was done.
+
+use serde::Serialize;
+use vitrim_ir::{DataType, InlineError, Model, Patch, inline_functions};
+use vitrim_ops::DOMAIN;
+
+use crate::Refusal;
+use crate::cost::{Cost, cost};
+use crate::merge::{Merge, Reduction};
+use crate::recipe::{PassSpec, Recipe};
+use crate::recognise::{VitModel, recognise};
+use crate::schedule::Step;
+
+/// Key of the recipe in a model's `metadata_props`.
+pub const RECIPE_KEY: &str = "vitrim.recipe";
+/// Key of the version that wrote the file.
+pub const VERSION_KEY: &str = "vitrim.version";
+/// Key of the tokens that leave each block.
+pub const TOKENS_KEY: &str = "vitrim.tokens";
+
+/// How to rewrite.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Write bodies in place of calls of our operators, for runtimes that know no local functions.
+    pub inline: bool,
+    /// Rewrite a model that was rewritten before.
+    pub force: bool,
+    /// How tokens are removed.
+    pub reduction: Reduction,
+}
+
+/// What was done.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Report {
+    /// What each block does to the token count; empty where it is known only at run time.
+    pub steps: Vec<Step>,
+    /// Nodes before.
+    pub nodes_before: usize,
+    /// Nodes after; calls of our operators count as one unless inlined.
+    pub nodes_after: usize,
+    /// Work for one image before, where all extents are known.
+    pub cost_before: Option<Cost>,
+    /// Work for one image after.
+    pub cost_after: Option<Cost>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// A model that is ready to be analysed: local functions of others inlined.
+pub fn prepare(model: &Model) -> Result<(Model, Vec<String>), Refusal> {
+    let mut model = model.clone();
+    let refused = |error: InlineError| Refusal::Request(error.to_string());
+    let mut notes = Vec::new();
+    if inline_functions(&mut model, |op| op.domain != DOMAIN).map_err(refused)? {
+        notes.push("the model's local functions were inlined".into());
+    }
+    Ok((model, notes))
+}
+
+/// Applies the passes of a recipe.
+pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Model, Report), Refusal> {
+    if let Some(version) = model.metadata(VERSION_KEY).filter(|_| !options.force) {
+        return Err(Refusal::Request(format!(
+            "this model was rewritten before (by vitrim {version}); rewrite the original, or pass --force"
+        )));
+    }
+    let (mut model, notes) = prepare(model)?;
+    let mut report = Report { notes, nodes_before: model.graph().len(), ..Report::default() };
+    let mut changed = false;
+    for spec in &recipe.passes {
+        let vit = recognise(&model)?;
+        let PassSpec::Merge(spec) = spec;
+        let half = vit.shapes.dtype(vit.axes.origin()) == Some(DataType::F16);
+        let merge = Merge { reduction: options.reduction, ..spec.resolve(vit.tokens().as_known(), half)? };
+        let proposal = merge.propose(&model, &vit)?;
+        report.cost_before = report.cost_before.or_else(|| cost(&model, &vit, &[]));
+        report.cost_after = cost(&model, &vit, &proposal.steps);
+        changed |= !proposal.patch.is_empty();
+        report.steps = proposal.steps;
+        report.notes.extend(proposal.notes);
+        model = apply(&model, proposal.patch)?;
+    }
+    if changed {
+        let mut provenance = Patch::new(&model, "provenance");
+        provenance.metadata(VERSION_KEY, env!("CARGO_PKG_VERSION").into());
+        provenance.metadata(RECIPE_KEY, recipe.to_toml());
+        let counts: Vec<String> = report.steps.iter().map(|step| step.after().to_string()).collect();
+        if !counts.is_empty() {
+            provenance.metadata(TOKENS_KEY, counts.join(","));
+        }
+        model = apply(&model, provenance)?;
+    }
+    if options.inline {
+        inline_functions(&mut model, |_| true).map_err(|error| Refusal::Request(error.to_string()))?;
+    }
+    report.nodes_after = model.graph().len();
+    Ok((model, report))
+}
+
+/// Applies one patch and validates the result. A failure here is a defect of the pass, not of the user's model.
+fn apply(model: &Model, patch: Patch) -> Result<Model, Refusal> {
+    let (edited, _) = patch.apply(model).map_err(|error| Refusal::Internal(error.to_string()))?;
+    edited.verify().map_err(|violations| Refusal::Internal(violations.to_string()))?;
+    Ok(edited)
+}
+
+/// Recognises without rewriting.
+pub fn inspect(model: &Model) -> Result<(Model, VitModel), Refusal> {
+    let (model, _) = prepare(model)?;
+    let vit = recognise(&model)?;
+    Ok((model, vit))
+}

@@ -1,0 +1,158 @@
+//! The metric: what a block's attention knows of its tokens, averaged over heads.
+
+use vitrim_ir::{Attribute, Expr, Tensor, ValueId};
+
+use super::{Metric, Rewriter};
+use crate::Refusal;
+
+/// What an axis of a query, key or value tensor is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Role {
+    Batch,
+    Heads,
+    BatchAndHeads,
+    Tokens,
+    Channels,
+}
+use Role::{Batch, BatchAndHeads, Channels, Heads, Tokens};
+
+impl Rewriter<'_> {
+    /// The metric of a block as `[B, N, D]`.
+    pub(super) fn metric(&mut self, block: usize, metric: Metric, hint: &str) -> Result<ValueId, Refusal> {
+        let core = &self.vit.blocks[block].core;
+        let graph = self.graph;
+        let (operand, name) = match metric {
+            Metric::Query => (core.query(graph), "query"),
+            Metric::Value => (core.value(graph), "value"),
+            _ => (core.key(graph), "key"),
+        };
+        let refusal = self.pinned(core.softmax, &format!("is an attention whose {name} cannot be read"));
+        let unknown = || refusal.clone();
+        let operand = operand.ok_or_else(unknown)?;
+        let roles = self.roles(operand).ok_or_else(unknown)?;
+        let (value, roles) = self.walk_back(operand, roles);
+        let heads = self.vit.blocks[block].heads as i64;
+
+        // Split heads off the batch where they share an axis.
+        let (value, roles) = match roles.as_slice() {
+            [BatchAndHeads, a, b] => {
+                let dims = self.vit.axes.layout(value).ok_or_else(unknown)?;
+                let count = self.stages.count(self.stages.of_block(block)).and_then(|count| count.as_known());
+                let extent = |at: usize| match roles[at] {
+                    Tokens => count,
+                    _ => dims.0[at].plain_extent().and_then(|extent| extent.as_known()),
+                };
+                let known = |at: usize| extent(at).map(Ok).unwrap_or(Err(unknown()));
+                // One extent may stay open: the batch takes it when the token count is known.
+                let target = match (extent(1), extent(2)) {
+                    (Some(first), Some(second)) => vec![-1, heads, first, second],
+                    _ => {
+                        let batch = self.vit.batch().as_known().ok_or_else(unknown)?;
+                        let channels = if roles[1] == Tokens { known(2)? } else { known(1)? };
+                        if roles[1] == Tokens { vec![batch, heads, -1, channels] } else { vec![batch, heads, channels, -1] }
+                    }
+                };
+                let target = self.patch.constant(&format!("{hint}/{name}_shape"), Tensor::shape(&target));
+                let split = self.patch.op("Reshape", &format!("{hint}/{name}_heads"), &[value, target], &[]);
+                (split, vec![Batch, Heads, *a, *b])
+            }
+            _ => (value, roles),
+        };
+        let place = |role: Role| roles.iter().position(|&other| other == role);
+        let heads_at = place(Heads).ok_or_else(unknown)? as i64;
+        let mean = self.reduce_mean(value, heads_at, &format!("{hint}/{name}_mean"));
+        let left: Vec<Role> = roles.iter().copied().filter(|&role| role != Heads).collect();
+        let wanted = [Batch, Tokens, Channels];
+        let perm: Option<Vec<i64>> = wanted.iter().map(|role| left.iter().position(|other| other == role).map(|at| at as i64)).collect();
+        match perm.ok_or_else(unknown)? {
+            perm if perm == [0, 1, 2] => Ok(mean),
+            perm => Ok(self.patch.op("Transpose", &format!("{hint}/{name}"), &[mean], &[("perm", Attribute::Ints(perm))])),
+        }
+    }
+
+    fn reduce_mean(&mut self, value: ValueId, axis: i64, hint: &str) -> ValueId {
+        let keep = ("keepdims", Attribute::Int(0));
+        if self.model.opsets().standard() >= 18 {
+            let axes = self.patch.constant(&format!("{hint}_axes"), Tensor::shape(&[axis]));
+            self.patch.op("ReduceMean", hint, &[value, axes], &[keep])
+        } else {
+            self.patch.op("ReduceMean", hint, &[value], &[("axes", Attribute::Ints(vec![axis])), keep])
+        }
+    }
+
+    /// What the axes of an operand of an attention are: the axis with tokens is clear, batch and heads come in the
+    /// batch's order, and the rest are channels.
+    fn roles(&self, operand: ValueId) -> Option<Vec<Role>> {
+        let layout = self.vit.axes.layout(operand)?;
+        let (tokens, _) = layout.token_axis()?;
+        let batch = self.vit.batch();
+        let extent = |at: usize| layout.0[at].plain_extent();
+        let mut roles = vec![Channels; layout.rank()];
+        roles[tokens] = Tokens;
+        let others: Vec<usize> = (0..layout.rank()).filter(|&at| at != tokens).collect();
+        match others[..] {
+            [batch_at, heads_at, _] if extent(batch_at)? == batch => {
+                roles[batch_at] = Batch;
+                roles[heads_at] = Heads;
+            }
+            [joined, _] if extent(joined)?.div_exact(&batch).is_some() => roles[joined] = BatchAndHeads,
+            _ => return None,
+        }
+        // [B, N, H, d] has the tokens before the heads; [B, H, d, N] the channels before the tokens.
+        Some(roles)
+    }
+
+    /// Follows an operand back to a form with heads and tokens apart and channels last, through steps that change no
+    /// direction: transposes, multiplication by one positive number, joining batch and heads.
+    fn walk_back(&self, operand: ValueId, roles: Vec<Role>) -> (ValueId, Vec<Role>) {
+        let wanted = [Batch, Heads, Tokens, Channels];
+        let mut best = (operand, roles.clone());
+        let (mut value, mut roles) = (operand, roles);
+        while roles != wanted {
+            let Some((id, _)) = self.graph.producer(value) else { break };
+            let node = self.graph.node(id);
+            let Some(operand) = node.input(0) else { break };
+            match node.standard_op() {
+                Some("Identity" | "Cast") if self.vit.shapes.dtype(operand) == self.vit.shapes.dtype(value) => value = operand,
+                Some("Mul" | "Div") => {
+                    let (data, factor) = match node.input(1) {
+                        Some(factor) if self.vit.axes.carries(operand) => (operand, factor),
+                        Some(data) if node.is("Mul") => (data, operand),
+                        _ => break,
+                    };
+                    let one = self.vit.shapes.dims(factor).is_some_and(|dims| dims.iter().all(|dim| dim.is(1)));
+                    let positive = self.vit.shapes.uniform(factor).map_or(!self.vit.shapes.is_data(factor), |x| x > 0.0);
+                    if !(one && positive) || self.vit.axes.layout(data).map(|layout| layout.rank()) != Some(roles.len()) {
+                        break;
+                    }
+                    value = data;
+                }
+                Some("Transpose") => {
+                    let Some(perm) = node.ints("perm") else { break };
+                    let mut before = roles.clone();
+                    for (to, &from) in perm.iter().enumerate() {
+                        before[from as usize] = roles[to];
+                    }
+                    (value, roles) = (operand, before);
+                }
+                Some("Reshape") => {
+                    let dims = |value: ValueId| self.vit.shapes.dims(value);
+                    let (Some(from), Some(to)) = (dims(operand), dims(value)) else { break };
+                    let joins = |four: &[Expr], three: &[Expr]| {
+                        four.len() == 4 && three.len() == 3 && four[0].times(&four[1]).as_ref() == Some(&three[0]) && four[2..] == three[1..]
+                    };
+                    match roles[..] {
+                        [Batch, Heads, a, b] if joins(to, from) => (value, roles) = (operand, vec![BatchAndHeads, a, b]),
+                        [BatchAndHeads, a, b] if joins(from, to) => (value, roles) = (operand, vec![Batch, Heads, a, b]),
+                        _ => break,
+                    }
+                }
+                _ => break,
+            }
+            if !roles.contains(&BatchAndHeads) && self.vit.axes.carries(value) {
+                best = (value, roles.clone());
+            }
+        }
+        best
+    }
+}

@@ -1,0 +1,335 @@
+//! The merge pass: `TokenMerge` between attention and MLP, and everything that follows from it.
+//!
+//! Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461). One patch does it all:
+//!
+//! 1. at every cut whose block removes tokens, the residual stream goes through `TokenMerge` ([`stages`]);
+//! 2. operators that state the token count get the right one ([`recount`]);
+//! 3. attention over merged tokens becomes proportional, means become size-weighted ([`weigh`]);
+//! 4. what leaves the model with an entry for each token is restored ([`restore`]).
+
+mod metric;
+mod recount;
+mod restore;
+mod stages;
+mod weigh;
+
+use std::collections::HashMap;
+
+use serde::{Deserialize, Serialize};
+use vitrim_ir::{Effect, Expr, Graph, Model, NodeId, OpType, Patch, ValueId};
+use vitrim_ops::{DOMAIN, OpDef, TokenAssign, TokenMerge, TokenMergeDynamic, TokenSize, VERSION};
+
+use crate::Refusal;
+use crate::recognise::{Head, VitModel};
+use crate::schedule::{Schedule, Step};
+use stages::{Stage, Stages};
+
+/// What decides which tokens are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Metric {
+    /// Keys of the block's attention, averaged over heads (the paper's choice).
+    #[default]
+    Key,
+    /// Queries, averaged over heads.
+    Query,
+    /// Values, averaged over heads.
+    Value,
+    /// The tokens themselves.
+    Hidden,
+}
+
+/// How tokens are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Reduction {
+    /// By merging.
+    #[default]
+    Merge,
+    /// By cutting the last ones off. No sensible model: it shows what the reduced token count alone is worth.
+    Slice,
+}
+
+/// What to merge, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Merge {
+    /// Tokens to remove per block.
+    pub schedule: Schedule,
+    /// Multiple that token counts are brought to where possible.
+    pub align: usize,
+    /// First tokens kept out of matching; all special tokens at the front where not given.
+    pub protect: Option<usize>,
+    /// Whether attention takes the sizes of tokens into account.
+    pub proportional: bool,
+    /// Whether means over tokens stay unweighted.
+    pub plain_pooling: bool,
+    /// What decides which tokens are alike.
+    pub metric: Metric,
+    /// Whether to add the output `token_source`.
+    pub trace_source: bool,
+    /// How tokens are removed.
+    pub reduction: Reduction,
+}
+
+impl Merge {
+    /// Merging with the paper's defaults.
+    pub fn new(schedule: Schedule) -> Self {
+        Self {
+            schedule,
+            align: 1,
+            protect: None,
+            proportional: true,
+            plain_pooling: false,
+            metric: Metric::Key,
+            trace_source: false,
+            reduction: Reduction::Merge,
+        }
+    }
+}
+
+/// Name of the output that `trace_source` adds: `[batch, tokens]` int64, the final slot of every original token.
+pub const SOURCE_OUTPUT: &str = "token_source";
+
+/// A patch with what it does to each block.
+#[derive(Debug)]
+pub struct Proposal {
+    /// The edits.
+    pub patch: Patch,
+    /// What each block does to the token count; empty where the count is known only at run time.
+    pub steps: Vec<Step>,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+impl Merge {
+    /// Proposes the edits that merge tokens in a recognised model.
+    pub fn propose(&self, model: &Model, vit: &VitModel) -> Result<Proposal, Refusal> {
+        let depth = vit.blocks.len();
+        let protect = self.protect.unwrap_or(vit.special.prefix());
+        let suffix = vit.special.suffix;
+        self.check_heads(vit, protect, suffix)?;
+        let mut notes = Vec::new();
+        let (removed, steps) = match vit.tokens().as_known() {
+            Some(tokens) => {
+                let steps = self.schedule.steps(depth, tokens as usize, protect + suffix, self.align)?;
+                let unaligned = steps.iter().filter(|step| step.unaligned).count();
+                if unaligned > 0 {
+                    notes.push(format!("{unaligned} block(s) cannot reach a multiple of {} tokens and keep their r", self.align));
+                }
+                (steps.iter().map(|step| step.removed).collect(), steps)
+            }
+            None => {
+                if self.align > 1 {
+                    return Err(Refusal::Request("alignment needs a token count that is fixed; this model's is not".into()));
+                }
+                let requested = self.schedule.requested(depth).ok_or_else(|| {
+                    Refusal::Request("this model's token count is known only at run time: give r, not a ratio or kept counts".into())
+                })?;
+                (requested, Vec::new())
+            }
+        };
+        let opset = model.opsets().standard();
+        if opset < vitrim_ops::MIN_OPSET && removed.iter().any(|&r| r > 0) {
+            return Err(Refusal::Request(format!(
+                "the model imports opset {opset} of ai.onnx; the operators need {} or newer: convert it first",
+                vitrim_ops::MIN_OPSET
+            )));
+        }
+        let mut rewriter = Rewriter {
+            options: self,
+            model,
+            graph: model.graph(),
+            vit,
+            patch: Patch::new(model, "merge"),
+            protect,
+            suffix,
+            removed,
+            stages: Stages::default(),
+            replaced: HashMap::new(),
+        };
+        rewriter.stages = stages::assign(&rewriter)?;
+        if rewriter.removed.iter().all(|&r| r == 0) && !self.trace_source {
+            return Ok(Proposal { patch: rewriter.patch, steps, notes });
+        }
+        rewriter.merge_blocks()?;
+        rewriter.recount()?;
+        rewriter.weigh()?;
+        rewriter.restore()?;
+        rewriter.forget_types();
+        rewriter.patch.import(DOMAIN, VERSION);
+        Ok(Proposal { patch: rewriter.patch, steps, notes })
+    }
+
+    /// Heads may read only what keeps its place: protected tokens by position, means over the rest.
+    fn check_heads(&self, vit: &VitModel, protect: usize, suffix: usize) -> Result<(), Refusal> {
+        for head in &vit.heads {
+            let beyond = match *head {
+                Head::Pick { first, count } if first >= 0 => first as usize + count > protect,
+                Head::Pick { first, .. } => first.unsigned_abs() as usize > suffix,
+                Head::Mean { front, back } => front > protect || back > suffix,
+                _ => false,
+            };
+            if beyond {
+                return Err(Refusal::Request(format!(
+                    "a head reads tokens by position ({head:?}) that are not protected: {protect} at the front and \
+                     {suffix} at the end are; protect more with --protect"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The state of a rewrite.
+struct Rewriter<'a> {
+    options: &'a Merge,
+    model: &'a Model,
+    graph: &'a Graph,
+    vit: &'a VitModel,
+    patch: Patch,
+    protect: usize,
+    suffix: usize,
+    /// Tokens that each block removes.
+    removed: Vec<usize>,
+    stages: Stages,
+    /// Values whose readers were given another value: merged streams, and results of operators left out.
+    replaced: HashMap<ValueId, ValueId>,
+}
+
+impl Rewriter<'_> {
+    /// A call of one of our operators.
+    fn vitrim(&mut self, op: &dyn OpDef, hint: &str, inputs: &[ValueId], attributes: &[(&str, i64)], results: usize) -> Vec<ValueId> {
+        self.patch.function(op.function(self.model.opsets().standard()));
+        let attributes: Vec<(&str, vitrim_ir::Attribute)> =
+            attributes.iter().map(|&(name, value)| (name, vitrim_ir::Attribute::Int(value))).collect();
+        let inputs = inputs.iter().copied().map(Some).collect();
+        self.patch.call(OpType::of(DOMAIN, op.name()), hint, inputs, &attributes, results)
+    }
+
+    fn merge_blocks(&mut self) -> Result<(), Refusal> {
+        for block in 0..self.vit.blocks.len() {
+            if self.removed[block] > 0 {
+                self.merge_block(block)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the merge after the attention of one block.
+    fn merge_block(&mut self, block: usize) -> Result<(), Refusal> {
+        let graph = self.graph;
+        let cut = self.vit.blocks[block].cut;
+        let streams: Vec<ValueId> = graph.node(cut).results().filter(|&value| self.vit.axes.carries(value)).collect();
+        let [x] = streams[..] else {
+            return Err(self.pinned(cut, "gives the sum and its norm at once; splitting it is not supported yet"));
+        };
+        let layout = self.vit.axes.layout(x).and_then(|layout| layout.token_axis());
+        let Some((axis @ (0 | 1), _)) = layout.filter(|_| self.vit.axes.layout(x).is_some_and(|layout| layout.rank() == 3)) else {
+            return Err(self.pinned(cut, "gives a residual stream that is not [batch, tokens, channels]"));
+        };
+        let hint = format!("vitrim/block{block}");
+        let stage = self.stages.of_block(block);
+        let batch_first = self.swap_batch(x, axis, &format!("{hint}/batch_first"));
+        let (tokens, removed) = (self.stages.count(stage), self.removed[block] as i64);
+
+        let merged = if self.options.reduction == Reduction::Slice {
+            let ends = tokens.and_then(|tokens| tokens.minus(&Expr::known(removed))).and_then(|left| left.as_known());
+            let ends = ends.ok_or_else(|| Refusal::Request("the slicing floor needs a fixed token count".into()))?;
+            let bounds = [("starts", 0), ("ends", ends), ("axes", 1)];
+            let bounds = bounds.map(|(name, value)| self.patch.constant(&format!("{hint}/{name}"), vitrim_ir::Tensor::shape(&[value])));
+            let y = self.patch.op("Slice", &format!("{hint}/kept"), &[batch_first, bounds[0], bounds[1], bounds[2]], &[]);
+            Stage { x: Some(y), ..Stage::default() }
+        } else {
+            let metric = match self.options.metric {
+                Metric::Hidden => batch_first,
+                chosen => self.metric(block, chosen, &hint)?,
+            };
+            let size = match self.stages.size(stage) {
+                Some(size) => size,
+                None => self.vitrim(&TokenSize, "vitrim/initial_size", &[batch_first], &[], 1)[0],
+            };
+            let dtype = self.dtype(x).code().into();
+            let (protect, suffix) = (self.protect as i64, self.suffix as i64);
+            let name = format!("{hint}/merge");
+            let results = match tokens.and_then(|tokens| tokens.as_known()) {
+                Some(tokens) => {
+                    let attributes =
+                        [("r", removed), ("tokens", tokens), ("protect", protect), ("suffix", suffix), ("dtype", dtype)];
+                    self.vitrim(&TokenMerge, &name, &[batch_first, metric, size], &attributes, 5)
+                }
+                None => {
+                    let r = self.patch.constant(&format!("{hint}/r"), vitrim_ir::Tensor::shape(&[removed]));
+                    let attributes = [("protect", protect), ("suffix", suffix), ("dtype", dtype)];
+                    self.vitrim(&TokenMergeDynamic, &name, &[batch_first, metric, size, r], &attributes, 5)
+                }
+            };
+            Stage { x: Some(results[0]), size: Some(results[1]), grouping: Some([results[2], results[3], results[4]]), ..Stage::default() }
+        };
+        let y = merged.x.expect("just set");
+        self.stages.enter(stage + 1, merged);
+        let back = self.swap_batch(y, axis, &format!("{hint}/as_before"));
+        self.patch.rewire_uses(graph, x, back, |_| true);
+        self.replaced.insert(x, back);
+        Ok(())
+    }
+
+    /// What readers of `value` read now.
+    fn replacement(&self, value: ValueId) -> ValueId {
+        self.replaced.get(&value).copied().unwrap_or(value)
+    }
+
+    /// As [`Rewriter::replacement`], but the residual stream as it is before its merge.
+    fn current(&self, value: ValueId) -> ValueId {
+        let merged = self.graph.producer(value).is_some_and(|(node, _)| self.vit.blocks.iter().any(|block| block.cut == node));
+        if merged { value } else { self.replacement(value) }
+    }
+
+    /// Exchanges the first two axes where the tokens run along the first.
+    fn swap_batch(&mut self, value: ValueId, token_axis: usize, hint: &str) -> ValueId {
+        if token_axis == 1 {
+            return value;
+        }
+        self.patch.op("Transpose", hint, &[value], &[("perm", vitrim_ir::Attribute::Ints(vec![1, 0, 2]))])
+    }
+
+    fn dtype(&self, value: ValueId) -> vitrim_ir::DataType {
+        self.vit.shapes.dtype(value).unwrap_or(vitrim_ir::DataType::F32)
+    }
+
+    fn pinned(&self, node: NodeId, reason: &str) -> Refusal {
+        Refusal::Pinned { node: self.graph.describe(node), reason: reason.into() }
+    }
+
+    /// The slot of every original token at `stage`, composed of the merges up to there.
+    fn owner(&mut self, stage: usize) -> Option<ValueId> {
+        if stage == 0 {
+            return None;
+        }
+        if let Some(owner) = self.stages.entry(stage).owner {
+            return Some(owner);
+        }
+        let before = self.owner(stage - 1);
+        let grouping = self.stages.entry(stage).grouping?;
+        let assign = self.vitrim(&TokenAssign, &format!("vitrim/assign{stage}"), &grouping, &[], 1)[0];
+        let owner = match before {
+            Some(before) => {
+                let axis = [("axis", vitrim_ir::Attribute::Int(1))];
+                self.patch.op("GatherElements", &format!("vitrim/owner{stage}"), &[assign, before], &axis)
+            }
+            None => assign,
+        };
+        self.stages.entry_mut(stage).owner = Some(owner);
+        Some(owner)
+    }
+
+    /// Declared types of values whose token count changed are wrong now.
+    fn forget_types(&mut self) {
+        for (value, _) in self.stages.values() {
+            self.patch.forget_type(value);
+        }
+    }
+
+    fn effects(&self) -> Vec<(NodeId, Effect)> {
+        self.vit.axes.effects().to_vec()
+    }
+}
+

@@ -1,0 +1,149 @@
+//! Operators that state the token count get the right one.
+
+use vitrim_ir::{Attribute, Axis, Effect, NodeId, Tensor, ValueId};
+
+use super::Rewriter;
+use crate::Refusal;
+
+impl Rewriter<'_> {
+    pub(super) fn recount(&mut self) -> Result<(), Refusal> {
+        for (id, effect) in self.effects() {
+            let node = self.graph.node(id);
+            let Some(stage) = node.results().find_map(|value| self.stages.of(value)).filter(|&stage| stage > 0) else { continue };
+            match effect {
+                Effect::Shape { slot } => self.restate_shape(id, slot, stage)?,
+                Effect::SliceEnd { slot } => self.restate_end(id, slot)?,
+                Effect::UniformTable { slot } => self.shrink_table(id, slot),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a `Reshape` or `Expand` a target that holds at `stage`.
+    fn restate_shape(&mut self, id: NodeId, slot: usize, stage: usize) -> Result<(), Refusal> {
+        let node = self.graph.node(id);
+        let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { return Ok(()) };
+        let from = self.vit.axes.layout(operand).cloned().unwrap_or_default();
+        let to = self.vit.axes.layout(result).cloned().unwrap_or_default();
+        let tokens = self.stages.count(stage);
+        let extent = |axis: &Axis| match (&tokens, axis.plain_extent()) {
+            (_, Some(plain)) => plain.as_known(),
+            (Some(tokens), None) => axis.extent(tokens).and_then(|extent| extent.as_known()),
+            (None, None) => None,
+        };
+        let hint = format!("vitrim/{}", self.graph.value(result).name());
+        let extents: Vec<Option<i64>> = to.0.iter().map(extent).collect();
+        let target: Option<Vec<i64>> = if node.is("Expand") {
+            // One leaves an axis as it is.
+            let lead = to.rank() - from.rank();
+            let keeps = |at: usize| at.checked_sub(lead).is_some_and(|at| !from.0[at].atoms().is_empty());
+            extents.iter().enumerate().map(|(at, extent)| if keeps(at) { Some(1) } else { *extent }).collect()
+        } else {
+            // Zero copies the operand's extent in the same place; -1 is what is left, once.
+            let copies = |at: usize| from.0.get(at) == to.0.get(at);
+            let open: Vec<usize> = (0..extents.len()).filter(|&at| extents[at].is_none()).collect();
+            let inferred = match open.as_slice() {
+                [only] => Some(*only),
+                open => open.iter().copied().find(|&at| !copies(at)),
+            };
+            let entry = |(at, extent): (usize, &Option<i64>)| match extent {
+                Some(extent) => Some(*extent),
+                None if inferred == Some(at) => Some(-1),
+                None if copies(at) => Some(0),
+                None => None,
+            };
+            extents.iter().enumerate().map(entry).collect()
+        };
+        if let Some(target) = target {
+            if target.contains(&0) && node.int("allowzero").unwrap_or(0) != 0 {
+                self.patch.set_attribute(id, "allowzero", Attribute::Int(0));
+            }
+            if self.graph.constant(node.input(slot).unwrap_or(operand)).and_then(|old| old.to_i64s()).as_ref() != Some(&target) {
+                let target = self.patch.constant(&format!("{hint}/shape"), Tensor::shape(&target));
+                self.patch.rewire(id, slot, target);
+            }
+            return Ok(());
+        }
+        // Several extents are known only at run time: read them off the operand.
+        let shape = self.patch.op("Shape", &format!("{hint}/operand_shape"), &[operand], &[]);
+        let mut parts = Vec::new();
+        for (at, axis) in to.0.iter().enumerate() {
+            let part = match extents[at] {
+                Some(extent) => self.patch.constant(&format!("{hint}/extent{at}"), Tensor::shape(&[extent])),
+                None => {
+                    let same = from.0.iter().position(|other| other == axis);
+                    let Some(same) = same else {
+                        return Err(self.pinned(id, "has a shape whose extents cannot be found at run time"));
+                    };
+                    let index = self.patch.constant(&format!("{hint}/axis{at}"), Tensor::shape(&[same as i64]));
+                    self.patch.op("Gather", &format!("{hint}/extent{at}"), &[shape, index], &[("axis", Attribute::Int(0))])
+                }
+            };
+            parts.push(part);
+        }
+        let target = self.patch.op("Concat", &format!("{hint}/shape"), &parts, &[("axis", Attribute::Int(0))]);
+        self.patch.rewire(id, slot, target);
+        Ok(())
+    }
+
+    /// Lets a slice that ends at a position counted from the front end at the same token counted from the back.
+    fn restate_end(&mut self, id: NodeId, slot: usize) -> Result<(), Refusal> {
+        let node = self.graph.node(id);
+        let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { return Ok(()) };
+        let axes = node.input(3).and_then(|axes| self.graph.constant(axes)).and_then(|axes| axes.to_i64s());
+        let single = axes.as_ref().map_or_else(
+            || self.vit.shapes.dims(node.input(slot).unwrap_or(operand)).is_some_and(|dims| dims.first().is_some_and(|dim| dim.is(1))),
+            |axes| axes.len() == 1,
+        );
+        if !single || node.ints("ends").is_some() {
+            return Err(self.pinned(id, "slices several axes at once up to a fixed token"));
+        }
+        let span = |value: ValueId| self.vit.axes.layout(value).and_then(|layout| layout.token_axis()).map(|(_, span)| span.back);
+        let cut = span(result).unwrap_or(0) - span(operand).unwrap_or(0);
+        let end = if cut == 0 { i64::MAX } else { -(cut as i64) };
+        let hint = format!("vitrim/{}/end", self.graph.value(result).name());
+        let end = self.patch.constant(&hint, Tensor::shape(&[end]));
+        self.patch.rewire(id, slot, end);
+        Ok(())
+    }
+
+    /// A table whose entries are all the same is that number.
+    fn shrink_table(&mut self, id: NodeId, slot: usize) {
+        let node = self.graph.node(id);
+        let Some(table) = node.input(slot) else { return };
+        let Some(number) = self.vit.shapes.uniform(table) else { return };
+        let neutral = (node.is("Add") || (node.is("Sub") && slot == 1)) && number == 0.0 || (node.is("Mul") && number == 1.0);
+        let other = node.operands().find(|&value| value != table);
+        if let (true, Some(other), Some(result)) = (neutral, other, node.output(0)) {
+            let same_rank = self.vit.axes.layout(other).map(|layout| layout.rank()) == self.vit.axes.layout(result).map(|layout| layout.rank());
+            if same_rank {
+                self.bypass(result, other);
+                return;
+            }
+        }
+        if node.is("Attention") {
+            self.patch.clear_input(id, slot);
+            return;
+        }
+        let dtype = self.dtype(table);
+        let hint = format!("vitrim/{}/uniform", self.graph.value(table).name());
+        let scalar = if dtype.is_float() {
+            Tensor::floats(dtype, &[], &[number])
+        } else {
+            Tensor::integers(dtype, &[], &[number as i64])
+        };
+        let scalar = self.patch.constant(&hint, scalar);
+        self.patch.rewire(id, slot, scalar);
+    }
+
+    /// Lets the readers of `result` read `source`.
+    fn bypass(&mut self, result: ValueId, source: ValueId) {
+        if self.graph.output_slots(result).next().is_none() {
+            let source = self.replacement(source);
+            self.patch.rewire_uses(self.graph, result, source, |_| true);
+            self.replaced.insert(result, source);
+        }
+    }
+}
+

@@ -1,0 +1,174 @@
+//! Sizes at work: proportional attention and weighted means.
+//!
+//! Proportional attention (arXiv 2210.09461, equation 1) adds log(size) of the keys to the scaled scores of every
+//! softmax over merged tokens, pooling heads included. A mean over merged tokens weighs each by its size.
+
+use vitrim_ir::{Attribute, DataType, Effect, NodeId, Span, Tensor, ValueId};
+
+use super::{Reduction, Rewriter};
+use crate::Refusal;
+
+impl Rewriter<'_> {
+    pub(super) fn weigh(&mut self) -> Result<(), Refusal> {
+        if self.options.reduction == Reduction::Slice {
+            return Ok(());
+        }
+        for (id, effect) in self.effects() {
+            let node = self.graph.node(id);
+            let carried = node.operands().find_map(|value| self.stage_read(value));
+            let Some(stage) = carried.filter(|&stage| stage > 0) else { continue };
+            if self.stages.restore_at.contains(&id) {
+                continue;
+            }
+            match effect {
+                Effect::Attend if self.options.proportional => self.attend(id, stage)?,
+                Effect::Pool { span, axis } if !self.options.plain_pooling => self.pool(id, stage, span, axis)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The stage in which readers see a value.
+    pub(super) fn stage_read(&self, value: ValueId) -> Option<usize> {
+        let cut = self.vit.blocks.iter().position(|block| self.graph.producer(value).is_some_and(|(node, _)| node == block.cut));
+        let stage = self.stages.of(value)?;
+        Some(if cut.is_some_and(|block| self.removed[block] > 0) { stage + 1 } else { stage })
+    }
+
+    fn attend(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {
+        if self.graph.node(id).is("Attention") {
+            return self.attend_fused(id, stage);
+        }
+        let (graph, vit) = (self.graph, self.vit);
+        let node = graph.node(id);
+        let Some(scores) = node.input(0) else { return Ok(()) };
+        let refusal = self.pinned(id, "is an attention whose batch axis cannot be told from its heads");
+        let unknown = || refusal.clone();
+        let weights = node.output(0).and_then(|value| vit.axes.layout(value)).ok_or_else(unknown)?;
+        let keys = (0..weights.rank()).rev().find(|&at| weights.0[at].is_weights()).ok_or_else(unknown)?;
+        let batch = vit.batch();
+        let extent = |at: usize| weights.0[at].plain_extent();
+        let first = extent(0).ok_or_else(unknown)?;
+        let rank = weights.rank();
+        let hint = format!("vitrim/{}", graph.value(scores).name());
+        let log_size = self.log_size(stage);
+        let row = |at: usize, rank: usize| (0..rank).map(|axis| if axis == 0 { 0 } else if axis == at { -1 } else { 1 }).collect::<Vec<i64>>();
+
+        let outer = vitrim_ir::Expr::product((0..rank).filter(|&at| !weights.0[at].has_tokens()).filter_map(extent).collect::<Vec<_>>().iter());
+        let heads = outer.and_then(|outer| outer.div_exact(&batch)?.as_known()).ok_or_else(unknown)?;
+        let bias = if first == batch && rank >= 3 && !(rank == 3 && heads > 1) {
+            let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&row(keys, rank)));
+            self.patch.op("Reshape", &format!("{hint}/log_size"), &[log_size, target], &[])
+        } else if rank == 3 && Some(&first) == batch.times(&vitrim_ir::Expr::known(heads)).as_ref() {
+            // Batch and heads share an axis: one row per head.
+            let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&[0, 1, -1]));
+            let rows = self.patch.op("Reshape", &format!("{hint}/log_size_row"), &[log_size, target], &[]);
+            let repeats = self.patch.constant(&format!("{hint}/size_repeats"), Tensor::shape(&[1, heads, 1]));
+            let rows = self.patch.op("Tile", &format!("{hint}/log_size_rows"), &[rows, repeats], &[]);
+            let shape: [i64; 3] = if keys == 2 { [-1, 1, 0] } else { return Err(unknown()) };
+            let target = self.patch.constant(&format!("{hint}/size_rows_shape"), Tensor::shape(&shape));
+            self.patch.op("Reshape", &format!("{hint}/log_size"), &[rows, target], &[])
+        } else {
+            return Err(unknown());
+        };
+        let dtype = self.dtype(scores);
+        let bias = self.cast(bias, DataType::F32, dtype, &format!("{hint}/log_size_as_scores"));
+        let current = self.replacement(scores);
+        let biased = self.patch.op("Add", &format!("{hint}/proportional"), &[current, bias], &[]);
+        self.patch.rewire(id, 0, biased);
+        Ok(())
+    }
+
+    /// Without touching the scores: softmax(l + log s)·v = (P·[s⊙v]) / (P·s) with P = softmax(l). Sizes scale the
+    /// values and ride along as one more channel.
+    fn attend_fused(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {
+        let node = self.graph.node(id);
+        let (Some(values), Some(result)) = (node.input(2), node.output(0)) else { return Ok(()) };
+        let rank = self.vit.axes.layout(values).map(|layout| layout.rank());
+        let channels = self.vit.shapes.dims(values).and_then(|dims| dims.last()?.as_known());
+        let (Some(4), Some(channels)) = (rank, channels) else {
+            return Err(self.pinned(id, "is a fused attention whose heads share an axis with the channels"));
+        };
+        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "has no sizes"))?;
+        let hint = format!("vitrim/{}", self.graph.value(result).name());
+        let ints = |rewriter: &mut Self, name: &str, values: &[i64]| rewriter.patch.constant(&format!("{hint}/{name}"), Tensor::shape(values));
+        let axis = ints(self, "head_axis", &[1]);
+        let size = self.patch.op("Unsqueeze", &format!("{hint}/size"), &[size, axis], &[]);
+        let dtype = self.dtype(values);
+        let size = self.cast(size, DataType::F32, dtype, &format!("{hint}/size_as_values"));
+        let scaled = self.patch.op("Mul", &format!("{hint}/scaled_values"), &[values, size], &[]);
+        // The size of every head: a product keeps the shape without asking for it.
+        let (zero, one) = (ints(self, "from", &[0]), ints(self, "to", &[1]));
+        let last = ints(self, "last_axis", &[3]);
+        let head = self.patch.op("Slice", &format!("{hint}/first_channel"), &[values, zero, one, last], &[]);
+        let nothing = self.patch.op("Sub", &format!("{hint}/zero_channel"), &[head, head], &[]);
+        let ride = self.patch.op("Add", &format!("{hint}/size_channel"), &[nothing, size], &[]);
+        let axis = [("axis", Attribute::Int(3))];
+        let extended = self.patch.op("Concat", &format!("{hint}/values_and_size"), &[scaled, ride], &axis);
+        self.patch.rewire(id, 2, extended);
+        let (start, end) = (ints(self, "channels", &[channels]), ints(self, "end", &[i64::MAX]));
+        let mixed = self.patch.op("Slice", &format!("{hint}/mixed"), &[result, zero, start, last], &[]);
+        let total = self.patch.op("Slice", &format!("{hint}/total_size"), &[result, start, end, last], &[]);
+        let out = self.patch.op("Div", &format!("{hint}/proportional"), &[mixed, total], &[]);
+        self.patch.rewire_uses(self.graph, result, out, |_| true);
+        self.patch.forget_type(result);
+        Ok(())
+    }
+
+    fn log_size(&mut self, stage: usize) -> ValueId {
+        if let Some(log_size) = self.stages.entry(stage).log_size {
+            return log_size;
+        }
+        let size = self.stages.size(stage).expect("a stage after the first has sizes");
+        let log_size = self.patch.op("Log", &format!("vitrim/log_size{stage}"), &[size], &[]);
+        self.stages.entry_mut(stage).log_size = Some(log_size);
+        log_size
+    }
+
+    fn pool(&mut self, id: NodeId, stage: usize, span: Span, axis: usize) -> Result<(), Refusal> {
+        let node = self.graph.node(id);
+        let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { return Ok(()) };
+        let rank = self.vit.axes.layout(operand).map_or(0, |layout| layout.rank());
+        if rank != 3 || axis == 0 {
+            return Err(self.pinned(id, "is a mean over tokens in a layout that is not supported"));
+        }
+        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "has no sizes"))?;
+        let hint = format!("vitrim/{}", self.graph.value(result).name());
+        let mut weights = size;
+        if span != Span::ALL {
+            let end = if span.back == 0 { i64::MAX } else { -(span.back as i64) };
+            let bounds = [span.front as i64, end, 1];
+            let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}/pooled_range"), Tensor::shape(&[bound])));
+            weights = self.patch.op("Slice", &format!("{hint}/pooled_size"), &[weights, bounds[0], bounds[1], bounds[2]], &[]);
+        }
+        if axis == 2 {
+            let perm = [("perm", Attribute::Ints(vec![0, 2, 1]))];
+            weights = self.patch.op("Transpose", &format!("{hint}/pooled_size_row"), &[weights], &perm);
+        }
+        let dtype = self.dtype(operand);
+        let keep = if node.is("GlobalAveragePool") { 1 } else { node.int("keepdims").unwrap_or(1) };
+        let keep = ("keepdims", Attribute::Int(keep));
+        let axes = self.patch.constant(&format!("{hint}/pool_axis"), Tensor::shape(&[axis as i64]));
+        // The operand may be the merged stream itself.
+        let operand = self.replacement(operand);
+        let tokens = self.cast(operand, dtype, DataType::F32, &format!("{hint}/tokens_f32"));
+        let weighted = self.patch.op("Mul", &format!("{hint}/weighted"), &[tokens, weights], &[]);
+        let sum = self.patch.op("ReduceSum", &format!("{hint}/weighted_sum"), &[weighted, axes], &[keep.clone()]);
+        let total = self.patch.op("ReduceSum", &format!("{hint}/total_size"), &[weights, axes], &[keep]);
+        let mean = self.patch.op("Div", &format!("{hint}/weighted_mean"), &[sum, total], &[]);
+        let mean = self.cast(mean, DataType::F32, dtype, &format!("{hint}/mean_as_tokens"));
+        self.patch.rewire_uses(self.graph, result, mean, |_| true);
+        for slot in self.graph.output_slots(result).collect::<Vec<_>>() {
+            self.patch.replace_output(slot, mean);
+        }
+        Ok(())
+    }
+
+    pub(super) fn cast(&mut self, value: ValueId, from: DataType, to: DataType, hint: &str) -> ValueId {
+        if from == to {
+            return value;
+        }
+        self.patch.op("Cast", hint, &[value], &[("to", Attribute::Int(to.code().into()))])
+    }
+}

@@ -1,0 +1,193 @@
+//! Recipes: passes in order, as a file or as the short forms of the command line.
+
+use serde::{Deserialize, Serialize};
+
+use crate::Refusal;
+use crate::merge::{Merge, Metric};
+use crate::schedule::Schedule;
+
+/// Passes in order.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// The passes.
+    #[serde(default, rename = "pass")]
+    pub passes: Vec<PassSpec>,
+}
+
+/// One pass of a recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum PassSpec {
+    /// Token merging.
+    Merge(MergeSpec),
+}
+
+/// `kind = "merge"`. Exactly one of `r`, `ratio` and `keep_tokens` is given.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MergeSpec {
+    /// `8`, `"16:-1"` or `[8, 8, 4]`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub r: Option<RSpec>,
+    /// Share of the tokens that are not protected, per block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ratio: Option<f64>,
+    /// Tokens left after each block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_tokens: Option<Vec<usize>>,
+    /// Multiple that token counts are brought to: a number, or `"auto"`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub align: Option<Align>,
+    /// First tokens kept out of matching; all special tokens at the front where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protect: Option<usize>,
+    /// Whether attention takes sizes into account; yes where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proportional: Option<bool>,
+    /// Whether means over tokens stay unweighted.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub plain_pooling: bool,
+    /// What decides which tokens are alike.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub metric: Option<Metric>,
+    /// Whether to add the output `token_source`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub trace_source: bool,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+/// r in its three spellings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum RSpec {
+    /// The same in every block.
+    Constant(usize),
+    /// One per block.
+    PerBlock(Vec<usize>),
+    /// As on the command line.
+    Text(String),
+}
+
+/// What token counts are brought to a multiple of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Align {
+    /// This number.
+    To(usize),
+    /// What fused attention kernels want: 8 for half precision, 16 for single precision from 256 tokens on.
+    Auto,
+}
+
+impl std::str::FromStr for Align {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            number => match number.parse() {
+                Ok(number @ 1..=4096) => Ok(Self::To(number)),
+                _ => Err(format!("'{text}' is neither 'auto' nor a number from 1 to 4096")),
+            },
+        }
+    }
+}
+
+impl Serialize for Align {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::To(number) => serializer.serialize_u64(*number as u64),
+            Self::Auto => serializer.serialize_str("auto"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Align {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Spelling {
+            Number(usize),
+            Text(String),
+        }
+        let text = match Spelling::deserialize(deserializer)? {
+            Spelling::Number(number) => number.to_string(),
+            Spelling::Text(text) => text,
+        };
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl Align {
+    /// The multiple for a model of `tokens` tokens, in half precision or not.
+    pub fn resolve(self, tokens: Option<i64>, half: bool) -> usize {
+        match self {
+            Self::To(number) => number,
+            Self::Auto if half => 8,
+            Self::Auto if tokens.is_some_and(|tokens| tokens >= 256) => 16,
+            Self::Auto => 1,
+        }
+    }
+}
+
+impl Recipe {
+    /// Reads a recipe from TOML.
+    pub fn parse(text: &str) -> Result<Self, Refusal> {
+        toml::from_str(text).map_err(|error| Refusal::Request(format!("the recipe is not valid: {}", error.to_string().trim())))
+    }
+
+    /// The recipe as TOML.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).unwrap_or_default()
+    }
+}
+
+impl MergeSpec {
+    /// The pass, for a model of `tokens` tokens in half precision or not.
+    pub fn resolve(&self, tokens: Option<i64>, half: bool) -> Result<Merge, Refusal> {
+        let schedule = match (&self.r, self.ratio, &self.keep_tokens) {
+            (Some(RSpec::Constant(r)), None, None) => Schedule::Constant(*r),
+            (Some(RSpec::PerBlock(rs)), None, None) => Schedule::PerBlock(rs.clone()),
+            (Some(RSpec::Text(text)), None, None) => text.parse().map_err(Refusal::Request)?,
+            (None, Some(ratio), None) => Schedule::Ratio(ratio),
+            (None, None, Some(kept)) => Schedule::Keep(kept.clone()),
+            (None, None, None) => return Err(Refusal::Request("how much to merge is not given: r, ratio or keep_tokens".into())),
+            _ => return Err(Refusal::Request("r, ratio and keep_tokens exclude each other: give one".into())),
+        };
+        Ok(Merge {
+            align: self.align.map_or(1, |align| align.resolve(tokens, half)),
+            protect: self.protect,
+            proportional: self.proportional.unwrap_or(true),
+            plain_pooling: self.plain_pooling,
+            metric: self.metric.unwrap_or_default(),
+            trace_source: self.trace_source,
+            ..Merge::new(schedule)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recipe_survives_being_stored() {
+        let text = "[[pass]]\nkind = \"merge\"\nr = \"16:-1\"\nalign = \"auto\"\nprotect = 1\nproportional = false\n";
+        let recipe = Recipe::parse(text).unwrap();
+        let PassSpec::Merge(spec) = &recipe.passes[0];
+        assert_eq!(spec.resolve(Some(577), false).unwrap().align, 16);
+        assert_eq!(spec.resolve(Some(197), true).unwrap().schedule, Schedule::Inflection(16, -1.0));
+        assert_eq!(Recipe::parse(&recipe.to_toml()).unwrap(), recipe);
+    }
+
+    #[test]
+    fn unknown_keys_and_contradictions_are_refused() {
+        assert!(Recipe::parse("[[pass]]\nkind = \"merge\"\nr = 8\nratioo = 0.1").is_err());
+        assert!(Recipe::parse("[[pass]]\nkind = \"blend\"").is_err());
+        let Recipe { passes } = Recipe::parse("[[pass]]\nkind = \"merge\"\nr = 8\nratio = 0.1").unwrap();
+        let PassSpec::Merge(spec) = &passes[0];
+        assert!(spec.resolve(None, false).unwrap_err().to_string().contains("exclude each other"));
+    }
+}

@@ -1,0 +1,144 @@
+//! Attention cores: where queries meet keys, and the weights meet values.
+
+use std::collections::HashSet;
+
+use vitrim_ir::{Graph, NodeId, Shapes, ValueId};
+
+/// An attention, found by its softmax; not yet known to run over tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Core {
+    /// The softmax, or the fused operator.
+    pub softmax: NodeId,
+    /// The product of queries and keys; the fused operator itself where there is one.
+    pub scores: NodeId,
+    /// The product of weights and values; the fused operator itself where there is one.
+    pub mix: NodeId,
+    /// Operand slots of queries and keys in `scores`, and of values in `mix`.
+    pub slots: Slots,
+}
+
+/// Operand slots of a core.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slots {
+    /// Queries, in `scores`.
+    pub query: usize,
+    /// Keys, in `scores`.
+    pub key: usize,
+    /// Values, in `mix`.
+    pub value: usize,
+}
+
+impl Core {
+    /// Whether one fused operator does all of it.
+    pub fn is_fused(&self) -> bool {
+        self.scores == self.mix
+    }
+
+    /// The keys as the core reads them.
+    pub fn key(&self, graph: &Graph) -> Option<ValueId> {
+        graph.node(self.scores).input(self.slots.key)
+    }
+
+    /// The queries as the core reads them.
+    pub fn query(&self, graph: &Graph) -> Option<ValueId> {
+        graph.node(self.scores).input(self.slots.query)
+    }
+
+    /// The values as the core reads them.
+    pub fn value(&self, graph: &Graph) -> Option<ValueId> {
+        graph.node(self.mix).input(self.slots.value)
+    }
+}
+
+/// Nodes that may stand between a product and its softmax, or between a softmax and its product.
+const BETWEEN: &[&str] = &[
+    "Add", "Sub", "Mul", "Div", "Cast", "CastLike", "Where", "IsNaN", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze",
+    "Clip", "QuantizeLinear", "DequantizeLinear", "Max", "Min", "Transpose", "Expand",
+];
+/// How many of them are followed.
+const MAX_BETWEEN: usize = 8;
+
+fn is_product(graph: &Graph, id: NodeId) -> bool {
+    matches!(
+        graph.node(id).op.name.as_str(),
+        "MatMul" | "FusedMatMul" | "Einsum" | "Gemm" | "MatMulInteger" | "QLinearMatMul"
+    )
+}
+
+/// Fused attention operators: vitrim knows them as attention even where it cannot follow tokens through them yet.
+fn is_fused_attention(graph: &Graph, id: NodeId) -> bool {
+    let op = &graph.node(id).op;
+    match op.domain.as_str() {
+        "" => op.name == "Attention",
+        "com.microsoft" => matches!(
+            op.name.as_str(),
+            "Attention" | "MultiHeadAttention" | "QAttention" | "QOrderedAttention" | "GroupQueryAttention" | "PackedAttention"
+        ),
+        _ => false,
+    }
+}
+
+/// All attention cores of the graph, in graph order.
+pub(super) fn find_cores(graph: &Graph, shapes: &Shapes) -> Vec<Core> {
+    let mut cores = Vec::new();
+    for (id, node) in graph.nodes() {
+        if is_fused_attention(graph, id) {
+            cores.push(Core { softmax: id, scores: id, mix: id, slots: Slots { query: 0, key: 1, value: 2 } });
+        } else if node.is("Softmax") {
+            cores.extend(core_of(graph, shapes, id));
+        }
+    }
+    cores
+}
+
+fn core_of(graph: &Graph, shapes: &Shapes, softmax: NodeId) -> Option<Core> {
+    let scores = product_before(graph, shapes, graph.node(softmax).input(0)?)?;
+    let (mix, weights_slot) = product_after(graph, graph.node(softmax).output(0)?)?;
+    let mix_node = graph.node(mix);
+    let value_slot = if mix_node.op.name == "QLinearMatMul" { 3 - weights_slot } else { 1 - weights_slot.min(1) };
+    let right = if graph.node(scores).op.name == "QLinearMatMul" { 3 } else { 1 };
+    Some(Core { softmax, scores, mix, slots: Slots { query: 0, key: right, value: value_slot } })
+}
+
+/// The product that the softmax's operand comes from.
+fn product_before(graph: &Graph, shapes: &Shapes, mut value: ValueId) -> Option<NodeId> {
+    for _ in 0..MAX_BETWEEN {
+        let (id, _) = graph.producer(value)?;
+        let node = graph.node(id);
+        if is_product(graph, id) {
+            return node.operands().any(|operand| shapes.is_data(operand)).then_some(id);
+        }
+        if !BETWEEN.contains(&node.op.name.as_str()) {
+            return None;
+        }
+        let mut data = node.operands().filter(|&operand| shapes.is_data(operand));
+        value = data.next()?;
+        if let Some(other) = data.next() {
+            // A computed bias beside the scores: take the operand that leads to a product directly.
+            let direct = |value: ValueId| graph.producer(value).is_some_and(|(id, _)| is_product(graph, id));
+            if direct(other) && !direct(value) {
+                value = other;
+            }
+        }
+    }
+    None
+}
+
+/// The product that reads the softmax's result, and the operand slot in which it does.
+fn product_after(graph: &Graph, weights: ValueId) -> Option<(NodeId, usize)> {
+    let mut open = vec![(weights, 0)];
+    let mut seen = HashSet::new();
+    while let Some((value, depth)) = open.pop() {
+        for used in graph.value(value).uses() {
+            let Some(slot) = used.slot else { continue };
+            if is_product(graph, used.node) {
+                return Some((used.node, slot));
+            }
+            let between = BETWEEN.contains(&graph.node(used.node).op.name.as_str());
+            if between && depth < MAX_BETWEEN && seen.insert(used.node) {
+                open.extend(graph.node(used.node).results().map(|result| (result, depth + 1)));
+            }
+        }
+    }
+    None
+}

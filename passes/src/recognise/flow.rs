@@ -1,0 +1,95 @@
+//! Which data must pass where: dominators of the part of the graph that image content flows through.
+
+use std::collections::HashSet;
+
+use petgraph::algo::dominators::{Dominators, simple_fast};
+use petgraph::graphmap::DiGraphMap;
+use vitrim_ir::{Graph, NodeId, Shapes, ValueId};
+
+/// A vertex of the flow: a node, or one of the two ends.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+enum Vertex {
+    Source,
+    Node(NodeId),
+    Sink,
+}
+
+/// The flow of image content, from the graph's inputs to a chosen end.
+pub(super) struct Flow<'g> {
+    graph: &'g Graph,
+    shapes: &'g Shapes,
+    edges: DiGraphMap<Vertex, ()>,
+    dominators: Dominators<Vertex>,
+}
+
+impl<'g> Flow<'g> {
+    /// The flow into all of `ends`.
+    pub fn towards(graph: &'g Graph, shapes: &'g Shapes, ends: &[NodeId]) -> Self {
+        let mut edges = DiGraphMap::new();
+        edges.add_node(Vertex::Source);
+        for (id, node) in graph.nodes() {
+            for value in node.dependencies().filter(|&value| shapes.is_data(value)) {
+                let from = graph.producer(value).map_or(Vertex::Source, |(producer, _)| Vertex::Node(producer));
+                // Reading only the extents of a tensor passes no content on.
+                if node.results().any(|result| shapes.is_data(result)) {
+                    edges.add_edge(from, Vertex::Node(id), ());
+                }
+            }
+        }
+        for &end in ends {
+            edges.add_edge(Vertex::Node(end), Vertex::Sink, ());
+        }
+        let dominators = simple_fast(&edges, Vertex::Source);
+        Self { graph, shapes, edges, dominators }
+    }
+
+    /// The nodes that all content on its way to the ends passes, nearest to the input first.
+    pub fn gates(&self) -> Vec<NodeId> {
+        let mut gates: Vec<NodeId> = (self.dominators.dominators(Vertex::Sink).into_iter().flatten())
+            .filter_map(|vertex| if let Vertex::Node(id) = vertex { Some(id) } else { None })
+            .collect();
+        gates.reverse();
+        gates
+    }
+
+    /// The last node that all content passes on its way to `node`, before `node` itself.
+    pub fn gate_before(&self, node: NodeId) -> Option<NodeId> {
+        match self.dominators.immediate_dominator(Vertex::Node(node))? {
+            Vertex::Node(id) => Some(id),
+            _ => None,
+        }
+    }
+
+    /// Everything that content of `node` reaches, itself included.
+    pub fn reached_from(&self, node: NodeId) -> HashSet<NodeId> {
+        let mut reached = HashSet::new();
+        let mut open = vec![Vertex::Node(node)];
+        while let Some(vertex) = open.pop() {
+            let Vertex::Node(id) = vertex else { continue };
+            if reached.insert(id) {
+                open.extend(self.edges.neighbors(vertex));
+            }
+        }
+        reached
+    }
+
+    /// Graph inputs whose content reaches `node`.
+    pub fn inputs_of(&self, node: NodeId) -> Vec<ValueId> {
+        let mut seen = HashSet::new();
+        let mut open = vec![node];
+        let mut inputs = Vec::new();
+        while let Some(id) = open.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            for value in self.graph.node(id).dependencies().filter(|&value| self.shapes.is_data(value)) {
+                match self.graph.producer(value) {
+                    Some((producer, _)) => open.push(producer),
+                    None if !inputs.contains(&value) => inputs.push(value),
+                    None => {}
+                }
+            }
+        }
+        inputs
+    }
+}

@@ -1,0 +1,183 @@
+//! How many tokens each block removes.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::Refusal;
+
+/// A reduction schedule (arXiv 2210.09461, the merging-schedule study), before it meets a model.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Schedule {
+    /// r tokens in every block.
+    Constant(usize),
+    /// A straight line from r(1 − f) to r(1 + f), truncated: f = −1 falls to zero, f = 1 rises from zero.
+    Inflection(usize, f64),
+    /// r per block; blocks beyond the list remove nothing.
+    PerBlock(Vec<usize>),
+    /// This share of the tokens that are not protected, per block, rounded down.
+    Ratio(f64),
+    /// Tokens left after each block, protected ones included; blocks beyond the list remove nothing.
+    Keep(Vec<usize>),
+}
+
+impl FromStr for Schedule {
+    type Err = String;
+
+    /// `8`, `16:-1` (r:inflection) or `8,8,4,0` (per block).
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| {
+            text.trim().parse::<usize>().map_err(|_| format!("'{text}' is no number of tokens (a whole number from 0 up)"))
+        };
+        if let Some((r, bend)) = text.split_once(':') {
+            let bend: f64 = bend.trim().parse().map_err(|_| format!("'{bend}' is no inflection (a number from -1 to 1)"))?;
+            if !(-1.0..=1.0).contains(&bend) {
+                return Err(format!("the inflection {bend} lies outside -1 to 1"));
+            }
+            return Ok(Self::Inflection(number(r)?, bend));
+        }
+        if text.contains(',') {
+            return text.split(',').map(number).collect::<Result<_, _>>().map(Self::PerBlock);
+        }
+        number(text).map(Self::Constant)
+    }
+}
+
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |values: &[usize]| values.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        match self {
+            Self::Constant(r) => write!(f, "{r}"),
+            Self::Inflection(r, bend) => write!(f, "{r}:{bend}"),
+            Self::PerBlock(rs) => f.write_str(&list(rs)),
+            Self::Ratio(ratio) => write!(f, "ratio {ratio}"),
+            Self::Keep(kept) => write!(f, "keep {}", list(kept)),
+        }
+    }
+}
+
+/// What one block does to the number of tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Step {
+    /// Tokens that enter its attention.
+    pub before: usize,
+    /// Tokens removed after it.
+    pub removed: usize,
+    /// Whether the count that alignment asks for was out of reach.
+    pub unaligned: bool,
+}
+
+impl Step {
+    /// Tokens that leave the block.
+    pub fn after(&self) -> usize {
+        self.before - self.removed
+    }
+}
+
+impl Schedule {
+    /// What the schedule asks of each of `depth` blocks, as a number of tokens; `None` for schedules that depend on
+    /// the token count.
+    pub fn requested(&self, depth: usize) -> Option<Vec<usize>> {
+        match self {
+            Self::Constant(r) => Some(vec![*r; depth]),
+            Self::Inflection(r, bend) => {
+                let r = *r as f64;
+                let first = (r * (1.0 - bend)).trunc();
+                // One block has no line to follow.
+                let slope = if depth > 1 { (2.0 * r - 2.0 * first) / (depth as f64 - 1.0) } else { 0.0 };
+                Some((0..depth).map(|block| (first + slope * block as f64).trunc().max(0.0) as usize).collect())
+            }
+            Self::PerBlock(rs) => Some(rs.iter().copied().chain(std::iter::repeat(0)).take(depth).collect()),
+            Self::Ratio(_) | Self::Keep(_) => None,
+        }
+    }
+
+    /// What each of `depth` blocks does to `tokens` tokens of which `protected` take no part: at most half of the
+    /// others can leave. With `align`, a block that removes tokens removes up to `align − 1` more, so that a multiple
+    /// of it is left, where that is in reach.
+    pub fn steps(&self, depth: usize, tokens: usize, protected: usize, align: usize) -> Result<Vec<Step>, Refusal> {
+        if let Self::Ratio(ratio) = self {
+            if !(0.0..1.0).contains(ratio) {
+                return Err(Refusal::Request(format!("the ratio {ratio} lies outside 0 to 1")));
+            }
+        }
+        let requested = self.requested(depth);
+        let mut steps = Vec::with_capacity(depth);
+        let mut before = tokens;
+        for block in 0..depth {
+            let free = before.saturating_sub(protected);
+            let limit = free / 2;
+            let asked = match (self, &requested) {
+                (_, Some(requested)) => requested[block].min(limit),
+                (Self::Ratio(ratio), _) => ((ratio * free as f64).floor() as usize).min(limit),
+                (Self::Keep(kept), _) => match kept.get(block) {
+                    Some(&keep) if keep > before || before - keep > limit => {
+                        return Err(Refusal::Request(format!(
+                            "block {block} cannot keep {keep} of {before} tokens: at most half of the {free} that are \
+                             not protected can merge; ask for {} to {before}",
+                            before - limit
+                        )));
+                    }
+                    Some(&keep) => before - keep,
+                    None => 0,
+                },
+                _ => 0,
+            };
+            let mut removed = asked;
+            let mut unaligned = false;
+            if asked > 0 && align > 1 {
+                let surplus = (before - asked) % align;
+                unaligned = asked + surplus > limit;
+                if !unaligned {
+                    removed = asked + surplus;
+                }
+            }
+            steps.push(Step { before, removed, unaligned });
+            before -= removed;
+        }
+        Ok(steps)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn removed(schedule: &str, depth: usize, tokens: usize, protected: usize, align: usize) -> Vec<usize> {
+        let steps = schedule.parse::<Schedule>().unwrap().steps(depth, tokens, protected, align).unwrap();
+        steps.iter().map(|step| step.removed).collect()
+    }
+
+    #[test]
+    fn at_most_half_of_the_free_tokens_leave() {
+        assert_eq!(removed("98", 1, 197, 1, 1), [98]);
+        assert_eq!(removed("500", 2, 197, 1, 1), [98, 49]);
+        assert_eq!(removed("40", 1, 67, 2, 1), [32]);
+        assert_eq!(removed("5", 1, 2, 1, 1), [0]);
+    }
+
+    #[test]
+    fn alignment_removes_more_but_never_more_than_half() {
+        assert_eq!(removed("13", 3, 197, 1, 8), [13, 16, 16]);
+        assert_eq!(removed("0,13", 2, 197, 1, 8), [0, 13]);
+        let steps = Schedule::Constant(4).steps(1, 13, 1, 8).unwrap();
+        assert_eq!((steps[0].removed, steps[0].unaligned), (5, false));
+        let steps = Schedule::Constant(4).steps(1, 11, 1, 16).unwrap();
+        assert_eq!((steps[0].removed, steps[0].unaligned), (4, true));
+    }
+
+    #[test]
+    fn kept_counts_must_be_in_reach() {
+        let keep = Schedule::Keep(vec![180, 160]);
+        let steps = keep.steps(3, 197, 1, 1).unwrap();
+        assert_eq!(steps.iter().map(Step::after).collect::<Vec<_>>(), [180, 160, 160]);
+        let error = Schedule::Keep(vec![50]).steps(1, 197, 1, 1).unwrap_err().to_string();
+        assert!(error.contains("block 0 cannot keep 50 of 197"), "{error}");
+    }
+
+    #[test]
+    fn malformed_schedules_are_refused() {
+        for text in ["", "-3", "8:x", "8:2", "1,2,x", "1.5"] {
+            assert!(text.parse::<Schedule>().is_err(), "{text}");
+        }
+    }
+}

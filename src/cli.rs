@@ -1,0 +1,67 @@
+//! The command line: what the user may ask, and what each outcome exits with.
+//!
+//! 0: done. 1: a check failed. 2: refused, or bad input; nothing was written. 3: an error of vitrim itself.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use vitrim_passes::Refusal;
+
+use crate::{bench, inspect, rewrite, verify};
+
+/// Token reduction for Vision Transformers, as compiler passes on ONNX graphs
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show what vitrim sees in a model: blocks, tokens, heads, and where tokens can be regrouped
+    Inspect(inspect::InspectArgs),
+    /// Merge similar tokens after the attention of every block (ToMe)
+    Merge(rewrite::MergeArgs),
+    /// Apply the passes of a recipe
+    Rewrite(rewrite::RewriteArgs),
+    /// Compare the outputs of two models
+    Verify(verify::VerifyArgs),
+    /// Compare the speed of models
+    Bench(bench::BenchArgs),
+}
+
+/// Exit code of refusals and bad input.
+const REFUSED: u8 = 2;
+/// Exit code of defects of vitrim.
+const INTERNAL: u8 = 3;
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let command = match Cli::try_parse() {
+        Ok(cli) => cli.command,
+        Err(error) => {
+            // Help and version are answers, not errors.
+            let code = if error.use_stderr() { REFUSED } else { 0 };
+            let _ = error.print();
+            return ExitCode::from(code);
+        }
+    };
+    // A panic is a defect: it must not look like a refusal, nor leave the user without a word.
+    let outcome = std::panic::catch_unwind(|| match &command {
+        Command::Inspect(args) => inspect::run(args),
+        Command::Merge(args) => rewrite::merge(args),
+        Command::Rewrite(args) => rewrite::rewrite(args),
+        Command::Verify(args) => verify::run(args),
+        Command::Bench(args) => bench::run(args),
+    });
+    match outcome {
+        Ok(Ok(code)) => code,
+        Ok(Err(error)) => {
+            eprintln!("vitrim: {error:#}");
+            let internal = matches!(error.downcast_ref::<Refusal>(), Some(Refusal::Internal(_)));
+            ExitCode::from(if internal { INTERNAL } else { REFUSED })
+        }
+        Err(_) => ExitCode::from(INTERNAL),
+    }
+}

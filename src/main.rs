@@ -1,0 +1,7 @@
+//! The `vitrim` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vitrim::cli::main()
+}

@@ -1,0 +1,189 @@
+//! `vitrim merge` and `vitrim rewrite`: from one model file to another.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use vitrim_ir::Model;
+use vitrim_passes::driver::{self, Options, Report};
+use vitrim_passes::merge::Metric;
+use vitrim_passes::recipe::{Align, MergeSpec, PassSpec, RSpec, Recipe};
+use vitrim_passes::schedule::Schedule;
+
+use crate::verify::print;
+use crate::verify::table::table;
+
+/// Options that every rewrite has.
+#[derive(Clone, Debug, clap::Args)]
+pub struct OutputArgs {
+    /// Write the bodies of vitrim's operators in place of calls, for runtimes that know no local functions (TensorRT,
+    /// OpenVINO, Core ML)
+    #[arg(long)]
+    pub inline: bool,
+    /// Rewrite a model that vitrim has written
+    #[arg(long)]
+    pub force: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `vitrim merge`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MergeArgs {
+    /// The model to read
+    pub input: PathBuf,
+    /// The model to write
+    pub output: PathBuf,
+    /// Tokens to merge per block: 8, 16:-1 (falling from 32 to 0), or 8,8,4,0 (per block)
+    #[arg(short, long, value_name = "R", required_unless_present_any = ["ratio", "keep_tokens"], conflicts_with_all = ["ratio", "keep_tokens"])]
+    pub r: Option<String>,
+    /// Share of the unprotected tokens to merge per block, from 0 to 1
+    #[arg(long, value_name = "SHARE", conflicts_with = "keep_tokens")]
+    pub ratio: Option<f64>,
+    /// Tokens left after each block, special ones included
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub keep_tokens: Option<Vec<usize>>,
+    /// Merge more where that makes the token count a multiple of this number; auto: what fused attention kernels want
+    #[arg(long, value_name = "K|auto")]
+    pub align: Option<Align>,
+    /// First tokens to keep out of matching [default: all class, distillation and register tokens]
+    #[arg(long, value_name = "P")]
+    pub protect: Option<usize>,
+    /// Leave the sizes of tokens out of attention: for models trained with merging, and MAE-style models
+    #[arg(long)]
+    pub no_proportional: bool,
+    /// Keep means over tokens unweighted
+    #[arg(long)]
+    pub plain_pooling: bool,
+    /// What decides which tokens are alike
+    #[arg(long, value_name = "WHAT", default_value = "key")]
+    pub metric: MetricArg,
+    /// Add the output token_source: the final slot of every original token
+    #[arg(long)]
+    pub trace_source: bool,
+    /// What to write.
+    #[command(flatten)]
+    pub output_args: OutputArgs,
+}
+
+/// [`Metric`] on the command line.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum MetricArg {
+    /// Keys, averaged over heads
+    Key,
+    /// Queries, averaged over heads
+    Query,
+    /// Values, averaged over heads
+    Value,
+    /// The tokens themselves
+    Hidden,
+}
+
+impl From<MetricArg> for Metric {
+    fn from(metric: MetricArg) -> Self {
+        match metric {
+            MetricArg::Key => Self::Key,
+            MetricArg::Query => Self::Query,
+            MetricArg::Value => Self::Value,
+            MetricArg::Hidden => Self::Hidden,
+        }
+    }
+}
+
+/// Options of `vitrim rewrite`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RewriteArgs {
+    /// The model to read
+    pub input: PathBuf,
+    /// The model to write
+    pub output: PathBuf,
+    /// The recipe, a TOML file
+    #[arg(long, value_name = "FILE")]
+    pub recipe: PathBuf,
+    /// What to write.
+    #[command(flatten)]
+    pub output_args: OutputArgs,
+}
+
+impl MergeArgs {
+    /// The recipe that the short form stands for.
+    fn recipe(&self) -> Result<Recipe> {
+        let r = match &self.r {
+            Some(text) => Some(match text.parse::<Schedule>().map_err(anyhow::Error::msg).context("-r")? {
+                Schedule::Constant(r) => RSpec::Constant(r),
+                Schedule::PerBlock(rs) => RSpec::PerBlock(rs),
+                _ => RSpec::Text(text.clone()),
+            }),
+            None => None,
+        };
+        let metric = Metric::from(self.metric);
+        let spec = MergeSpec {
+            r,
+            ratio: self.ratio,
+            keep_tokens: self.keep_tokens.clone(),
+            align: self.align,
+            protect: self.protect,
+            proportional: self.no_proportional.then_some(false),
+            plain_pooling: self.plain_pooling,
+            metric: (metric != Metric::Key).then_some(metric),
+            trace_source: self.trace_source,
+        };
+        Ok(Recipe { passes: vec![PassSpec::Merge(spec)] })
+    }
+}
+
+/// Runs `vitrim merge`.
+pub fn merge(args: &MergeArgs) -> Result<ExitCode> {
+    run(&args.input, &args.output, &args.recipe()?, &args.output_args)
+}
+
+/// Runs `vitrim rewrite`.
+pub fn rewrite(args: &RewriteArgs) -> Result<ExitCode> {
+    let text = std::fs::read_to_string(&args.recipe).with_context(|| format!("cannot read {}", args.recipe.display()))?;
+    run(&args.input, &args.output, &Recipe::parse(&text)?, &args.output_args)
+}
+
+fn run(input: &Path, output: &Path, recipe: &Recipe, args: &OutputArgs) -> Result<ExitCode> {
+    let same = std::fs::canonicalize(output).ok().is_some_and(|output| std::fs::canonicalize(input).ok() == Some(output));
+    if same {
+        bail!("the output would replace the input '{}': inputs are never modified", input.display());
+    }
+    let model = Model::read(input)?;
+    model.verify().with_context(|| format!("'{}' is not a valid model", input.display()))?;
+    let options = Options { inline: args.inline, force: args.force, ..Options::default() };
+    let (rewritten, report) = driver::rewrite(&model, recipe, options)?;
+    let verified = rewritten.verify().map_err(|violations| vitrim_passes::Refusal::Internal(violations.to_string()))?;
+    Model::write(verified, output, input)?;
+    if args.json {
+        let json = serde_json::json!({ "schema_version": 1, "output": output, "report": report });
+        print(serde_json::to_string_pretty(&json)? + "\n")?;
+    } else {
+        print(text(&report, output))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The closing report.
+fn text(report: &Report, output: &Path) -> String {
+    let mut text = String::new();
+    if !report.steps.is_empty() {
+        let head = ["block", "tokens in", "merged", "tokens out"].map(str::to_owned).to_vec();
+        let rows = report.steps.iter().enumerate().map(|(block, step)| {
+            [block, step.before, step.removed, step.after()].map(|number| number.to_string()).to_vec()
+        });
+        text += &table(&std::iter::once(head).chain(rows).collect::<Vec<_>>());
+        text.push('\n');
+    }
+    text += &format!("nodes   {} -> {}\n", report.nodes_before, report.nodes_after);
+    if let (Some(before), Some(after)) = (report.cost_before, report.cost_after) {
+        let giga = |flops: u64| flops as f64 / 1e9;
+        let ratio = before.flops as f64 / after.flops.max(1) as f64;
+        text += &format!("GFLOPs  {:.3} -> {:.3} per image ({ratio:.2} times fewer)\n", giga(before.flops), giga(after.flops));
+    }
+    for note in &report.notes {
+        text += &format!("note: {note}\n");
+    }
+    text += &format!("written to {}\n", output.display());
+    text
+}

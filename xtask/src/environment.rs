@@ -1,0 +1,146 @@
+//! Python environments that are made once and used by many commands.
+//!
+//! An environment is a folder of the workspace (ignored by git) and the requirements file that it was made from. A copy
+//! of that file, written last, marks the folder as complete: as long as the two are equal, nothing is installed again.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// A virtual environment of the workspace, and what is in it.
+pub struct Environment {
+    /// Its folder, relative to the workspace's root.
+    pub folder: &'static str,
+    /// The requirements file, relative to the workspace's root.
+    requirements: &'static str,
+}
+
+/// The interpreter of an environment that is ready.
+pub struct Python {
+    program: PathBuf,
+}
+
+impl Environment {
+    /// Names an environment; [`Environment::prepare`] makes it.
+    pub const fn new(folder: &'static str, requirements: &'static str) -> Self {
+        Self {
+            folder,
+            requirements,
+        }
+    }
+
+    /// Makes the environment unless it is there and up to date. Two processes may try at once: one waits.
+    pub fn prepare(&self, root: &Path, offline: bool) -> Result<Python, String> {
+        let folder = root.join(self.folder);
+        let python = Python {
+            program: folder.join(if cfg!(windows) {
+                "Scripts/python.exe"
+            } else {
+                "bin/python"
+            }),
+        };
+        let source = root.join(self.requirements);
+        let wanted = fs::read(&source).map_err(|error| at(&source, error))?;
+        let stamp = folder.join("requirements.txt");
+        let ready = || python.program.exists() && fs::read(&stamp).is_ok_and(|made| made == wanted);
+        if ready() {
+            return Ok(python);
+        }
+
+        let lock = root.join(format!("{}.lock", self.folder));
+        let held = File::create(&lock).map_err(|error| at(&lock, error))?;
+        held.lock().map_err(|error| at(&lock, error))?;
+        if ready() {
+            return Ok(python);
+        }
+        if offline {
+            return Err(format!(
+                "{} is missing or out of date: run the command once without --offline",
+                self.folder
+            ));
+        }
+        eprintln!("xtask: making {} from {}", self.folder, self.requirements);
+        if folder.exists() {
+            fs::remove_dir_all(&folder).map_err(|error| at(&folder, error))?;
+        }
+        create(&folder)?;
+        install(&python, &source)?;
+        fs::write(&stamp, &wanted).map_err(|error| at(&stamp, error))?;
+        Ok(python)
+    }
+}
+
+impl Python {
+    /// The interpreter's path.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// The shared library of the environment's onnxruntime package.
+    pub fn runtime_library(&self) -> Result<PathBuf, String> {
+        let script = "import importlib.util as i; print(i.find_spec('onnxruntime').submodule_search_locations[0])";
+        let output = run(Command::new(&self.program).args(["-c", script]))?;
+        let capi = Path::new(String::from_utf8_lossy(&output.stdout).trim()).join("capi");
+        let entries = fs::read_dir(&capi).map_err(|error| at(&capi, error))?;
+        entries
+            .flatten()
+            .find(|entry| {
+                let name = entry.file_name();
+                name.to_string_lossy().starts_with("libonnxruntime.") || name == "onnxruntime.dll"
+            })
+            .map(|entry| entry.path())
+            .ok_or_else(|| format!("{} holds no onnxruntime library", capi.display()))
+    }
+}
+
+/// An empty virtual environment in `folder`.
+fn create(folder: &Path) -> Result<(), String> {
+    let base = std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
+    let named = Path::new(&base).display();
+    run(Command::new(&base).args(["-m", "venv"]).arg(folder)).map(drop).map_err(|error| {
+        // A half-made environment must not be taken for a broken one next time.
+        let _ = fs::remove_dir_all(folder);
+        format!(
+            "{error}\n`{named} -m venv` failed. Python 3.9 or newer with the modules venv and pip is needed (Debian and \
+             Ubuntu: apt-get install python3-venv); PYTHON names another interpreter."
+        )
+    })
+}
+
+/// The packages of `requirements`, as wheels: nothing is compiled.
+fn install(python: &Python, requirements: &Path) -> Result<(), String> {
+    run(Command::new(&python.program)
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "-r"])
+        .arg(requirements))
+    .map(drop)
+    .map_err(|error| {
+        format!(
+            "{error}\ncannot install {}. If no version matches, the package has no wheel for this Python or system: name \
+             another interpreter in PYTHON.",
+            requirements.display()
+        )
+    })
+}
+
+/// Runs to the end; an error carries everything that the program printed.
+fn run(command: &mut Command) -> Result<Output, String> {
+    let program = Path::new(command.get_program()).display().to_string();
+    let output = command
+        .output()
+        .map_err(|error| format!("cannot run {program}: {error}"))?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    let said = [output.stdout, output.stderr].concat();
+    Err(format!(
+        "{program}: {}\n{}",
+        output.status,
+        String::from_utf8_lossy(&said).trim_end()
+    ))
+}
+
+/// An I/O error with the file it is about.
+fn at(path: &Path, error: io::Error) -> String {
+    format!("{}: {error}", path.display())
+}

@@ -1,0 +1,201 @@
+//! Chores around the workspace: `cargo xtask help` lists them.
+//!
+//! Each command first makes the Python environments that it needs (see [`environment`]) and then hands over to cargo or
+//! to a script of `tests/python`, whose exit status becomes its own. With `--offline` among the arguments nothing is
+//! downloaded: environments must be there already.
+
+mod environment;
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use environment::Environment;
+
+const HELP: &str = "\
+cargo xtask COMMAND [ARGUMENT...]
+
+  setup     make .venv: Python with the pinned onnxruntime, numpy and onnx of fixtures/requirements.txt
+  test      setup, then `cargo test --workspace ARGUMENT...` with ORT_DYLIB_PATH and VITRIM_PYTHON set
+  compat    rewritten models under ONNX Runtime 1.17.3, 1.20.1 and the pinned one (tests/python/compat.py)
+  parity    merged timm exports against the reference (tests/python/parity.py); installs PyTorch: about 7 GB
+  help      print this
+
+--offline never downloads. PYTHON names the interpreter that environments are made with (default: python3).";
+
+/// What all tests use.
+const TEST: Environment = Environment::new(".venv", "fixtures/requirements.txt");
+
+/// Older runtimes whose users must be able to load what vitrim writes, by version.
+const OLD_RUNTIMES: [(&str, Environment); 2] = [
+    (
+        "1.17.3",
+        Environment::new(
+            ".venv-ort-1.17.3",
+            "tests/python/requirements-ort-1.17.3.txt",
+        ),
+    ),
+    (
+        "1.20.1",
+        Environment::new(
+            ".venv-ort-1.20.1",
+            "tests/python/requirements-ort-1.20.1.txt",
+        ),
+    ),
+];
+
+/// PyTorch and timm, to export models of known weights.
+const PARITY: Environment =
+    Environment::new(".venv-parity", "tests/python/requirements-parity.txt");
+
+fn main() -> ExitCode {
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let command = if arguments.is_empty() {
+        "help".to_owned()
+    } else {
+        arguments.remove(0)
+    };
+    let done = match command.as_str() {
+        "setup" => setup(&arguments),
+        "test" => test(&arguments),
+        "compat" => compat(&arguments),
+        "parity" => parity(&arguments),
+        "help" | "-h" | "--help" => {
+            println!("{HELP}");
+            Ok(())
+        }
+        unknown => Err(Failure::Message(format!(
+            "no command `{unknown}`\n\n{HELP}"
+        ))),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Message(message)) => {
+            eprintln!("xtask: {message}");
+            ExitCode::from(2)
+        }
+        // The program has said what is wrong: hand its status on without a word.
+        Err(Failure::Status(status)) => ExitCode::from(status),
+    }
+}
+
+/// Why a command did not succeed.
+enum Failure {
+    /// Something that xtask itself has to tell.
+    Message(String),
+    /// A program that xtask ran ended with this status.
+    Status(u8),
+}
+
+impl<E: fmt::Display> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure::Message(error.to_string())
+    }
+}
+
+type Outcome = Result<(), Failure>;
+
+fn setup(arguments: &[String]) -> Outcome {
+    let python = TEST.prepare(root(), offline(arguments))?;
+    println!(
+        "{} is ready: ORT_DYLIB_PATH={}",
+        TEST.folder,
+        python.runtime_library()?.display()
+    );
+    Ok(())
+}
+
+fn test(arguments: &[String]) -> Outcome {
+    let python = TEST.prepare(root(), offline(arguments))?;
+    hand_over(
+        Command::new(cargo())
+            .args(["test", "--workspace"])
+            .args(arguments)
+            .env("ORT_DYLIB_PATH", python.runtime_library()?)
+            .env("VITRIM_PYTHON", python.program()),
+    )
+}
+
+fn compat(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let current = TEST.prepare(root(), offline)?;
+    let mut script = Command::new(current.program());
+    script.arg(root().join("tests/python/compat.py"));
+    for (_, environment) in OLD_RUNTIMES {
+        script
+            .arg("--runtime")
+            .arg(environment.prepare(root(), offline)?.program());
+    }
+    build(offline)?;
+    hand_over(
+        script
+            .arg("--runtime")
+            .arg(current.program())
+            .args(arguments),
+    )
+}
+
+fn parity(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let python = PARITY.prepare(root(), offline)?;
+    build(offline)?;
+    hand_over(
+        Command::new(python.program())
+            .arg(root().join("tests/python/parity.py"))
+            .args(arguments),
+    )
+}
+
+/// The program that the scripts test, unless VITRIM_BIN names another.
+fn build(offline: bool) -> Outcome {
+    if std::env::var_os("VITRIM_BIN").is_some() {
+        return Ok(());
+    }
+    hand_over(
+        Command::new(cargo())
+            .args(["build", "--package", "vitrim"])
+            .args(offline.then_some("--offline")),
+    )
+}
+
+/// Run in the workspace's root with our own streams, and keep the status.
+fn hand_over(command: &mut Command) -> Outcome {
+    let program = command.get_program().to_owned();
+    let status = command
+        .current_dir(root())
+        .status()
+        .map_err(|error| format!("cannot run {}: {error}", Path::new(&program).display()))?;
+    match status.code() {
+        Some(0) => Ok(()),
+        Some(code) => Err(Failure::Status(u8::try_from(code).unwrap_or(1))),
+        None => Err(format!("{}: {status}", Path::new(&program).display()).into()),
+    }
+}
+
+/// The cargo that runs us.
+fn cargo() -> impl AsRef<OsStr> {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+fn offline(arguments: &[String]) -> bool {
+    arguments.iter().any(|argument| argument == "--offline")
+}
+
+/// `--offline` is ours: the scripts do not know it (cargo does).
+fn split_offline(arguments: &[String]) -> (bool, Vec<&String>) {
+    (
+        offline(arguments),
+        arguments
+            .iter()
+            .filter(|argument| *argument != "--offline")
+            .collect(),
+    )
+}
+
+/// The workspace's root, where environments and scripts are.
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies in the workspace")
+}
