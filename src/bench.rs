@@ -3,6 +3,7 @@
 //! The models run in turns, A B C, C B A, …, so that whatever slows the machine down slows all of them, and drift
 //! within a round cancels over two. The speed-up is the median over the rounds of the ratio of times within a round.
 
+mod floor;
 mod stats;
 
 use std::path::{Path, PathBuf};
@@ -98,8 +99,25 @@ pub struct ModelReport {
 
 /// Runs `vitrim bench`. An error means that there was nothing to measure (exit code 2).
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
-    ensure!(!args.floor, "there is no slicing floor to measure for these candidates");
-    run_with(args, Vec::new())
+    if !args.floor {
+        return run_with(args, Vec::new());
+    }
+    // Beside the candidate, where there is room for a model.
+    let folder = tempfile::tempdir_in(
+        args.candidates[0].parent().filter(|path| *path != Path::new("")).unwrap_or(Path::new(".")),
+    )?;
+    let mut floors = Vec::new();
+    for (number, candidate) in args.candidates.iter().enumerate() {
+        let (path, report) = floor::write(&args.reference, candidate, folder.path(), number)?;
+        let ideal = match (report.cost_before, report.cost_after) {
+            (Some(before), Some(after)) => {
+                format!(" (FLOP-ideal {:.2}x)", before.flops as f64 / after.flops.max(1) as f64)
+            }
+            _ => String::new(),
+        };
+        floors.push((format!("slicing floor of {}{ideal}", candidate.display()), path));
+    }
+    run_with(args, floors)
 }
 
 /// Runs `vitrim bench` with further models after the candidates, each with its label.

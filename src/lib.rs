@@ -1,4 +1,7 @@
 //! Token reduction for Vision Transformers, as compiler passes on ONNX graphs.
+//!
+//! This crate is the command line: runtimes, comparison and measurement around the passes of `vitrim_passes`.
+#![doc = include_str!("../README.md")]
 
 pub mod bench;
 pub mod cli;

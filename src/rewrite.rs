@@ -140,12 +140,14 @@ pub fn merge(args: &MergeArgs) -> Result<ExitCode> {
 
 /// Runs `vitrim rewrite`.
 pub fn rewrite(args: &RewriteArgs) -> Result<ExitCode> {
-    let text = std::fs::read_to_string(&args.recipe).with_context(|| format!("cannot read {}", args.recipe.display()))?;
+    let text =
+        std::fs::read_to_string(&args.recipe).with_context(|| format!("cannot read {}", args.recipe.display()))?;
     run(&args.input, &args.output, &Recipe::parse(&text)?, &args.output_args)
 }
 
 fn run(input: &Path, output: &Path, recipe: &Recipe, args: &OutputArgs) -> Result<ExitCode> {
-    let same = std::fs::canonicalize(output).ok().is_some_and(|output| std::fs::canonicalize(input).ok() == Some(output));
+    let same =
+        std::fs::canonicalize(output).ok().is_some_and(|output| std::fs::canonicalize(input).ok() == Some(output));
     if same {
         bail!("the output would replace the input '{}': inputs are never modified", input.display());
     }
@@ -179,7 +181,11 @@ fn text(report: &Report, output: &Path) -> String {
     if let (Some(before), Some(after)) = (report.cost_before, report.cost_after) {
         let giga = |flops: u64| flops as f64 / 1e9;
         let ratio = before.flops as f64 / after.flops.max(1) as f64;
-        text += &format!("GFLOPs  {:.3} -> {:.3} per image ({ratio:.2} times fewer)\n", giga(before.flops), giga(after.flops));
+        text += &format!(
+            "GFLOPs  {:.3} -> {:.3} per image ({ratio:.2} times fewer)\n",
+            giga(before.flops),
+            giga(after.flops)
+        );
     }
     for note in &report.notes {
         text += &format!("note: {note}\n");

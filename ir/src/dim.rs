@@ -40,7 +40,7 @@ enum Atom {
 enum Assume {
     /// Every symbol is at least 1.
     Symbols,
-    /// Every symbol and every quotient is at least 1: no tensor is empty.
+    /// Every symbol is at least 1, and so is every quotient that is not negative: no tensor is empty.
     Extents,
 }
 
@@ -49,23 +49,21 @@ impl Atom {
         match self {
             Self::Symbol(_) | Self::Opaque(_) => 1,
             Self::Quotient(parts) => parts.0.weight().saturating_add(parts.1.weight()).saturating_add(1),
-            Self::Max(parts) | Self::Min(parts) => {
-                parts.iter().fold(1, |sum, part| part.weight().saturating_add(sum))
-            }
+            Self::Max(parts) | Self::Min(parts) => parts.iter().fold(1, |sum, part| part.weight().saturating_add(sum)),
         }
     }
 
     fn at_least(&self, assume: Assume) -> Option<i64> {
         match self {
             Self::Symbol(_) | Self::Opaque(_) => Some(1),
-            Self::Quotient(_) if assume == Assume::Extents => Some(1),
             Self::Quotient(parts) => {
                 let least = parts.0.bound(assume)?;
-                match parts.1.as_known() {
-                    Some(divisor) if divisor > 0 => Some(least.div_euclid(divisor)),
-                    None if least >= 0 && parts.1.bound(assume)? > 0 => Some(0),
-                    _ => None,
-                }
+                let quotient = match parts.1.as_known() {
+                    Some(divisor) if divisor > 0 => least.div_euclid(divisor),
+                    None if least >= 0 && parts.1.bound(assume)? > 0 => 0,
+                    _ => return None,
+                };
+                Some(if assume == Assume::Extents && quotient >= 0 { quotient.max(1) } else { quotient })
             }
             Self::Max(parts) => parts.iter().filter_map(|part| part.bound(assume)).max(),
             Self::Min(parts) => parts.iter().map(|part| part.bound(assume)).min().flatten(),
@@ -86,8 +84,12 @@ impl Atom {
         match self {
             Self::Symbol(name) | Self::Opaque(name) => bind(name),
             Self::Quotient(parts) => floor_quotient(parts.0.eval(bind)?, parts.1.eval(bind)?),
-            Self::Max(parts) => parts.iter().map(|part| part.eval(bind)).collect::<Option<Vec<i64>>>()?.into_iter().max(),
-            Self::Min(parts) => parts.iter().map(|part| part.eval(bind)).collect::<Option<Vec<i64>>>()?.into_iter().min(),
+            Self::Max(parts) => {
+                parts.iter().map(|part| part.eval(bind)).collect::<Option<Vec<i64>>>()?.into_iter().max()
+            }
+            Self::Min(parts) => {
+                parts.iter().map(|part| part.eval(bind)).collect::<Option<Vec<i64>>>()?.into_iter().min()
+            }
         }
     }
 
@@ -195,6 +197,9 @@ impl Expr {
 
     /// `self * other`.
     pub fn times(&self, other: &Self) -> Option<Self> {
+        if self.0.len().saturating_mul(other.0.len()) > MAX_WEIGHT as usize * 8 {
+            return None;
+        }
         let mut terms: BTreeMap<Monomial, i64> = BTreeMap::new();
         for (left, a) in &self.0 {
             for (right, b) in &other.0 {
@@ -235,13 +240,12 @@ impl Expr {
         Some(quotient)
     }
 
-    /// `floor(self / by)`: what divides exactly is divided, the rest stays a quotient. Gives 0 for `by == 0` never: it
-    /// is then an opaque symbol.
+    /// `floor(self / by)`. Where that cannot be written down (`by` is 0), a symbol of that text.
     pub fn floor_div(&self, by: i64) -> Self {
-        self.quotient(&Self::known(by)).unwrap_or_else(|| Self::symbol(&format!("floor(({self})/{by})")))
+        self.quotient(&Self::known(by)).unwrap_or_else(|| Self::opaque(&format!("floor(({self})/{by})")))
     }
 
-    /// `floor(self / by)`.
+    /// `floor(self / by)`: what divides exactly is divided, the rest stays a quotient. `None` if `by` is 0.
     pub fn quotient(&self, by: &Self) -> Option<Self> {
         if let (Some(a), Some(b)) = (self.as_known(), by.as_known()) {
             return floor_quotient(a, b).map(Self::known);
@@ -401,7 +405,7 @@ impl Equations {
     /// Rules are applied this often at most, in case they undo each other.
     const MAX_PASSES: usize = 8;
     /// Equations beyond this number are not kept.
-    const MAX_RULES: usize = 1 << 10;
+    const MAX_RULES: usize = 1 << 8;
 
     /// Number of equations found.
     pub(crate) fn len(&self) -> usize {
@@ -524,5 +528,111 @@ impl fmt::Display for Expr {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn s(name: &str) -> Expr {
+        Expr::symbol(name)
+    }
+
+    fn n(n: i64) -> Expr {
+        Expr::known(n)
+    }
+
+    fn show(expr: Option<Expr>) -> String {
+        expr.map_or("none".into(), |expr| expr.to_string())
+    }
+
+    #[test]
+    fn normal_form() {
+        let (h, w) = (s("h"), s("w"));
+        let tokens = h.times(&w).unwrap().plus(&n(1)).unwrap();
+        assert_eq!(tokens.to_string(), "h*w+1");
+        assert_eq!(w.times(&h).unwrap().plus(&n(1)).unwrap(), tokens);
+        assert_eq!(show(tokens.minus(&h.times(&w).unwrap())), "1");
+        assert_eq!(show(s("batch").times(&n(65))), "batch*65");
+        assert_eq!(show(n(2).minus(&h)), "-h+2");
+        assert_eq!(Expr::known(0), h.minus(&h).unwrap());
+        assert_eq!(tokens.symbols().into_iter().collect::<Vec<_>>(), ["h", "w"]);
+        assert_eq!(tokens.eval(&|name| Some(if name == "h" { 8 } else { 4 })), Some(33));
+        assert_eq!(tokens.eval(&|name| (name == "h").then_some(8)), None);
+    }
+
+    #[test]
+    fn division() {
+        let (b, h) = (s("b"), s("h"));
+        let tokens = h.times(&h).unwrap().plus(&n(1)).unwrap();
+        let all = Expr::product([&b, &tokens, &n(48)]).unwrap();
+        assert_eq!(all.div_exact(&Expr::product([&tokens, &n(16)]).unwrap()), b.times(&n(3)));
+        assert_eq!(all.div_exact(&h), None);
+        assert_eq!(n(7).div_exact(&n(2)), None);
+        assert_eq!(n(7).div_exact(&n(0)), None);
+        assert_eq!(h.minus(&n(4)).unwrap().floor_div(4).to_string(), "floor(h/4)-1");
+        assert_eq!(n(-7).floor_div(2), n(-4));
+        assert_eq!(h.times(&n(8)).unwrap().plus(&n(6)).unwrap().floor_div(4).to_string(), "h*2+1");
+        let quotient = h.plus(&n(1)).unwrap().floor_div(2);
+        assert_eq!(quotient, h.plus(&n(1)).unwrap().floor_div(2));
+        assert_eq!(quotient.eval(&|_| Some(9)), Some(5));
+        assert_eq!(quotient.symbols().len(), 1);
+        // Nothing panics where there is no answer.
+        assert_eq!(h.floor_div(0).eval(&|name| (name == "h").then_some(1)), None);
+        assert_eq!(show(n(i64::MIN).quotient(&n(-1))), "none");
+        assert_eq!(show(h.quotient(&n(i64::MIN))), format!("floor(h/{})", i64::MIN));
+    }
+
+    #[test]
+    fn extrema() {
+        let (h, w) = (s("h"), s("w"));
+        assert_eq!(h.larger(&n(1)), Some(h.clone()));
+        assert_eq!(h.smaller(&n(1)), Some(n(1)));
+        let either = h.larger(&w).unwrap();
+        assert_eq!(either, w.larger(&h).unwrap());
+        assert_eq!(either.larger(&h).unwrap(), either);
+        assert_eq!(either.to_string(), "max(h,w)");
+        // A quotient may be 0; an extent is taken not to be.
+        let quotient = h.floor_div(64);
+        assert_eq!(show(quotient.larger(&n(1))), "max(1,floor(h/64))");
+        assert_eq!(quotient.larger_extent(&n(1)), Some(quotient));
+    }
+
+    #[test]
+    fn limits() {
+        assert_eq!(n(i64::MAX).plus(&n(1)), None);
+        assert_eq!(n(i64::MAX).times(&n(2)), None);
+        assert_eq!(s("h").times(&n(i64::MAX)).unwrap().eval(&|_| Some(2)), None);
+        let sum = (0..400).try_fold(n(0), |sum, at| sum.plus(&s(&format!("s{at}"))));
+        assert_eq!(sum, None);
+        let nested = (0..400).try_fold(s("h"), |expr, _| expr.plus(&s("h"))?.quotient(&n(3)));
+        assert!(nested.is_none_or(|nested| nested.weight() <= MAX_WEIGHT));
+        assert_eq!(n(49).sqrt_exact(), Some(n(7)));
+        assert_eq!(n(-4).sqrt_exact(), None);
+        assert_eq!(Expr::product([&s("h"), &s("h"), &n(4)]).unwrap().sqrt_exact(), s("h").times(&n(2)));
+    }
+
+    #[test]
+    fn equations() {
+        let (b, h, w) = (s("b"), s("h").floor_div(4), s("w").floor_div(4));
+        let tokens = h.times(&w).unwrap().plus(&n(1)).unwrap();
+        let mut equations = Equations::default();
+        equations.equate(&s("c"), &n(3));
+        equations.equate(&b.times(&tokens).unwrap(), &b.times(&n(65)).unwrap());
+        assert_eq!(equations.resolve(&s("c")), n(3));
+        assert_eq!(equations.resolve(&tokens), n(65));
+        assert_eq!(equations.resolve(&tokens.times(&b).unwrap()).to_string(), "b*65");
+        assert_eq!(equations.resolve(&b), b);
+        // Opaque extents give way to named ones, inside quotients too.
+        equations.equate(&s("n"), &Expr::opaque("x.0"));
+        assert_eq!(equations.resolve(&Expr::opaque("x.0").floor_div(2)).to_string(), "floor(n/2)");
+        // Contradictions and circles are ignored.
+        let before = equations.len();
+        equations.equate(&n(3), &n(4));
+        equations.equate(&s("c"), &n(4));
+        equations.equate(&s("z"), &s("z").floor_div(2));
+        assert!(equations.len() <= before + 1);
+        equations.resolve(&s("z"));
     }
 }

@@ -468,7 +468,7 @@ impl Graph {
     pub(crate) fn rename_captured(&mut self) {
         for slot in 0..self.nodes.len() {
             let Some(node) = &mut self.nodes[slot] else { continue };
-            if node.captures.is_empty() {
+            if node.subgraphs().next().is_none() {
                 continue;
             }
             let mut attributes = std::mem::take(&mut node.attributes);

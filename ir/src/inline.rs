@@ -31,7 +31,7 @@ pub enum InlineError {
     Opset { function: String, op: String, domain: String, inner: i64, outer: i64 },
     #[error("a call of function {function} passes a graph as attribute '{attribute}', which cannot be inlined")]
     GraphAttribute { function: String, attribute: String },
-    #[error("function {function} gives its operand '{operand}' back, which a call leaves out")]
+    #[error("function {function} gives back its operand '{operand}', which a call leaves out")]
     Omitted { function: String, operand: String },
 }
 
@@ -48,7 +48,8 @@ pub fn inline_functions(model: &mut Model, which: impl Fn(&OpType) -> bool) -> R
     let local = model.functions.iter().map(|function| &function.key).collect();
     let functions = gone.iter().map(|function| (&function.key, function)).collect();
 
-    let mut inliner = Inliner { functions: &functions, local: &local, names: Names::default(), opsets: Opsets::default() };
+    let mut inliner =
+        Inliner { functions: &functions, local: &local, names: Names::default(), opsets: Opsets::default() };
     let (mut graph, mut opsets) = (model.graph.clone(), model.opsets.clone());
     inliner.whole(&mut graph, &mut opsets)?;
     // Functions that stay may call functions that go.
@@ -62,7 +63,8 @@ pub fn inline_functions(model: &mut Model, which: impl Fn(&OpType) -> bool) -> R
 
 /// Indices of functions, each after those that it calls; or else one that calls itself, directly or through others.
 pub(crate) fn callees_first(functions: &[Function]) -> Result<Vec<usize>, &Function> {
-    let index: HashMap<&OpType, usize> = functions.iter().enumerate().map(|(at, function)| (&function.key, at)).collect();
+    let index: HashMap<&OpType, usize> =
+        functions.iter().enumerate().map(|(at, function)| (&function.key, at)).collect();
     let mut waiting = vec![0; functions.len()];
     let mut callers = vec![Vec::new(); functions.len()];
     for (at, function) in functions.iter().enumerate() {
@@ -165,7 +167,7 @@ fn bytes_of(graph: &Graph) -> u64 {
 }
 
 fn values_of(graph: &Graph) -> u64 {
-    graph.values().map(|(_, value)| (2 * MAX_PREFIX + value.name.len()) as u64).sum()
+    graph.values().map(|(_, value)| (MAX_PREFIX + value.name.len()) as u64).sum()
 }
 
 struct Inliner<'f> {
@@ -249,7 +251,7 @@ impl Inliner<'_> {
             node.attributes = self.attributes(&inner.attributes, &call, function, &prefix)?;
             for (_, value) in &mut node.attributes {
                 if let Attribute::Graph(nested) = value {
-                    retarget(nested, &map);
+                    retarget(nested, &map).map_err(|operand| omitted(function, operand))?;
                 }
             }
             node.captures = node.read_by_nested();
@@ -265,8 +267,7 @@ impl Inliner<'_> {
         }
         for (output, result) in aliases {
             if map[&output].is_none() {
-                let operand = body.value(output).name.clone();
-                return Err(InlineError::Omitted { function: function.key.to_string(), operand });
+                return Err(omitted(function, output));
             }
             let mut identity = Node::new(OpType::standard("Identity"), vec![map[&output]], Vec::new());
             identity.outputs = vec![Some(result)];
@@ -311,13 +312,7 @@ impl Inliner<'_> {
     }
 
     /// Gives the own values of a nested graph names that are free where it moves to, and binds its attributes.
-    fn nested(
-        &mut self,
-        graph: &mut Graph,
-        call: &Node,
-        function: &Function,
-        prefix: &str,
-    ) -> Result<(), InlineError> {
+    fn nested(&mut self, graph: &mut Graph, call: &Node, function: &Function, prefix: &str) -> Result<(), InlineError> {
         for value in graph.values.iter_mut().flatten() {
             if !matches!(value.def, Def::Captured(_)) {
                 value.name = self.names.fresh(&format!("{prefix}/{}", value.name));
@@ -375,19 +370,28 @@ fn add_unordered(graph: &mut Graph, node: Node) -> NodeId {
     id
 }
 
-/// Lets a nested graph capture the values that those it captured have become.
-fn retarget(graph: &mut Graph, map: &HashMap<ValueId, Option<ValueId>>) {
+fn omitted(function: &Function, operand: ValueId) -> InlineError {
+    let operand = function.graph.value(operand).name.clone();
+    InlineError::Omitted { function: function.key.to_string(), operand }
+}
+
+/// Lets a nested graph capture the values that those it captured have become. Gives one that does not exist and that it
+/// cannot do without, if there is one.
+fn retarget(graph: &mut Graph, map: &HashMap<ValueId, Option<ValueId>>) -> Result<(), ValueId> {
     let captured: Vec<(ValueId, ValueId)> = graph.captured().collect();
     for (value, target) in captured {
         match map.get(&target).copied().flatten() {
             Some(target) => graph.value_mut(value).def = Def::Captured(target),
-            None => leave_out(graph, value),
+            None if leave_out(graph, value) => {}
+            None => return Err(target),
         }
     }
+    Ok(())
 }
 
-/// Removes a captured value that does not exist in a call; nodes read it as an operand left out.
-fn leave_out(graph: &mut Graph, gone: ValueId) {
+/// Removes a captured value that does not exist in a call; nodes read it as an operand left out. False if the graph
+/// gives the value back.
+fn leave_out(graph: &mut Graph, gone: ValueId) -> bool {
     for node in graph.nodes.iter_mut().flatten() {
         for input in &mut node.inputs {
             input.take_if(|input| *input == gone);
@@ -395,12 +399,16 @@ fn leave_out(graph: &mut Graph, gone: ValueId) {
         for (_, attribute) in &mut node.attributes {
             let Attribute::Graph(nested) = attribute else { continue };
             let captured: Vec<(ValueId, ValueId)> = nested.captured().collect();
-            captured.into_iter().filter(|&(_, target)| target == gone).for_each(|(value, _)| leave_out(nested, value));
+            let mut lost = captured.into_iter().filter(|&(_, target)| target == gone);
+            if !lost.all(|(value, _)| leave_out(nested, value)) {
+                return false;
+            }
         }
         node.captures = node.read_by_nested();
     }
     graph.values[gone.slot()] = None;
     graph.declared.retain(|&declared| declared != gone);
+    !graph.outputs.contains(&gone)
 }
 
 /// Whether a node of the standard domain means the same in two versions of it. Where that is not known, it does not.
@@ -531,12 +539,15 @@ mod tests {
     #[test]
     fn attributes_are_those_of_the_call_or_else_the_defaults() {
         let softmax = || node("Softmax", &["a"], &["b"]).with_ref("axis", "dim", attribute_type::INT);
-        let plain = FunctionProto { attribute: vec!["dim".into()], ..function("plain", &["a"], vec![softmax()], &["b"]) };
+        let plain =
+            FunctionProto { attribute: vec!["dim".into()], ..function("plain", &["a"], vec![softmax()], &["b"]) };
         let seven = softmax().with_int("dim", 7).attribute.pop().unwrap();
-        let default = FunctionProto { attribute_proto: vec![seven], ..function("default", &["a"], vec![softmax()], &["b"]) };
+        let default =
+            FunctionProto { attribute_proto: vec![seven], ..function("default", &["a"], vec![softmax()], &["b"]) };
         // Passes on what it gets: where it gets nothing, the callee's default holds.
         let passing = node("f::default", &["a"], &["b"]).with_ref("dim", "d", attribute_type::INT);
-        let passing = FunctionProto { attribute: vec!["d".into()], ..function("passing", &["a"], vec![passing], &["b"]) };
+        let passing =
+            FunctionProto { attribute: vec!["d".into()], ..function("passing", &["a"], vec![passing], &["b"]) };
         let nodes = vec![
             node("f::plain", &["x"], &["1"]).with_int("dim", 1),
             node("f::plain", &["1"], &["2"]),
@@ -557,8 +568,12 @@ mod tests {
             graph(&[], vec![softmax], &["s"])
         };
         let choice = node("If", &["c"], &["b"]).with_graph("then_branch", branch()).with_graph("else_branch", branch());
-        let function = FunctionProto { attribute: vec!["dim".into()], ..function("f", &["c", "a"], vec![choice], &["b"]) };
-        let model = inlined(graph(&["c", "x"], vec![node("f::f", &["c", "x"], &["y"]).with_int("dim", 4)], &["y"]), vec![function]);
+        let function =
+            FunctionProto { attribute: vec!["dim".into()], ..function("f", &["c", "a"], vec![choice], &["b"]) };
+        let model = inlined(
+            graph(&["c", "x"], vec![node("f::f", &["c", "x"], &["y"]).with_int("dim", 4)], &["y"]),
+            vec![function],
+        );
         let (_, node) = model.graph().nodes().next().unwrap();
         let axes: Vec<_> = node.subgraphs().map(axes_of).collect();
         fn axes_of(graph: &Graph) -> Option<i64> {
@@ -575,10 +590,8 @@ mod tests {
             vec![node("Clip", &["a", "low", "high"], &["b"]), node("Neg", &["b"], &["n"])],
             &["b", "n"],
         );
-        let nodes = vec![
-            node("f::clip", &["x", "", "h"], &["1", ""]),
-            node("f::clip", &["1", "h"], &["", "y"]).named("c"),
-        ];
+        let nodes =
+            vec![node("f::clip", &["x", "", "h"], &["1", ""]), node("f::clip", &["1", "h"], &["", "y"]).named("c")];
         let model = inlined(graph(&["x", "h"], nodes, &["y"]), vec![clip]);
         assert_eq!(model.lines(), ["1 = Clip(x, , h)", "1/n = Neg(1)", "c/b = Clip(1, h, )", "y = Neg(c/b)"]);
     }
@@ -612,6 +625,20 @@ mod tests {
     }
 
     #[test]
+    fn nested_graphs_that_read_nothing_outside_may_hold_some_that_read_them() {
+        let deep =
+            node("If", &["c"], &["e"]).with_graph("then_branch", graph(&[], vec![node("Neg", &["s"], &["d"])], &["d"]));
+        let branch = graph(&[], vec![node("Constant", &[], &["s"]).with_int("value_int", 1), deep], &["e"]);
+        let branch = GraphProto { input: vec![info("c")], ..branch };
+        let body = vec![node("Loop", &["a"], &["b"]).with_graph("body", branch)];
+        let model = inlined(
+            graph(&["x"], vec![node("f::f", &["x"], &["y"])], &["y"]),
+            vec![function("f", &["a"], body, &["b"])],
+        );
+        assert_eq!(model.lines(), ["y = Loop(x)", "  y/s = Constant()", "  y/e = If(y/c)", "    y/d = Neg(y/s)"]);
+    }
+
+    #[test]
     fn calls_inside_nested_graphs_are_inlined_there() {
         let neg = function("neg", &["a"], vec![node("Neg", &["a"], &["t"]), node("Neg", &["t"], &["b"])], &["b"]);
         let branch = || graph(&[], vec![node("f::neg", &["x"], &["s"])], &["s"]);
@@ -630,6 +657,13 @@ mod tests {
         assert_eq!(model.lines(), ["q = Neg(x)", "p = Identity(x)", "r = Identity(q)"]);
         let error = refused(graph(&["x"], vec![node("f::pair", &[""], &["p"])], &["p"]), vec![pair()]);
         assert_eq!(error, InlineError::Omitted { function: "f.pair".into(), operand: "a".into() });
+        // The same through a nested graph.
+        let choice = node("If", &["c"], &["b"]).with_graph("then_branch", graph(&[], vec![], &["a"]));
+        let error = refused(
+            graph(&["x"], vec![node("f::f", &["x"], &["y"])], &["y"]),
+            vec![function("f", &["c", "a"], vec![choice], &["b"])],
+        );
+        assert_eq!(error, InlineError::Omitted { function: "f.f".into(), operand: "a".into() });
     }
 
     #[test]
@@ -650,9 +684,10 @@ mod tests {
     #[test]
     fn what_has_no_end_is_refused() {
         let call = |name: &str, callees: &[&str]| {
-            let nodes = callees.iter().enumerate().map(|(at, callee)| {
-                node(&format!("f::{callee}"), &["a"], &[if at == 0 { "b" } else { "c" }])
-            });
+            let nodes = callees
+                .iter()
+                .enumerate()
+                .map(|(at, callee)| node(&format!("f::{callee}"), &["a"], &[if at == 0 { "b" } else { "c" }]));
             function(name, &["a"], nodes.collect(), &["b"])
         };
         let main = |callee: &str| graph(&["x"], vec![node(&format!("f::{callee}"), &["x"], &["y"])], &["y"]);
@@ -678,16 +713,23 @@ mod tests {
     fn versions_may_differ_where_the_operators_do_not() {
         let body = |op: &str, version: i64| {
             let nodes = vec![node(op, &["a"], &["b"])];
-            FunctionProto { opset_import: vec![opset("", version), opset("my", version)], ..function("f", &["a"], nodes, &["b"]) }
+            FunctionProto {
+                opset_import: vec![opset("", version), opset("my", version)],
+                ..function("f", &["a"], nodes, &["b"])
+            }
         };
         let main = || graph(&["x"], vec![node("f::f", &["x"], &["y"])], &["y"]);
         // The model is of version 18.
-        for (op, version) in [("Neg", 11), ("Neg", 25), ("Softmax", 13), ("ReduceMean", 20), ("LayerNormalization", 17), ("my::Op", 3)] {
+        for (op, version) in
+            [("Neg", 11), ("Neg", 25), ("Softmax", 13), ("ReduceMean", 20), ("LayerNormalization", 17), ("my::Op", 3)]
+        {
             let model = inlined(main(), vec![body(op, version)]);
             assert_eq!(model.graph().len(), 1);
             assert_eq!(model.opsets().get("my"), op.starts_with("my").then_some(version));
         }
-        for (op, version) in [("Softmax", 12), ("ReduceMean", 17), ("Gelu", 20), ("Neg", 26), ("Neg", 10), ("Unheard", 17)] {
+        for (op, version) in
+            [("Softmax", 12), ("ReduceMean", 17), ("Gelu", 20), ("Neg", 26), ("Neg", 10), ("Unheard", 17)]
+        {
             let error = refused(main(), vec![body(op, version)]);
             let told = format!("function f.f uses {op} of version {version} of 'ai.onnx'");
             assert!(error.to_string().starts_with(&told), "{error}");

@@ -170,7 +170,8 @@ impl Model {
         let mut seen = HashSet::new();
         let mut found = Vec::new();
         each_tensor(&mut onnx::encode_model(self, false), &mut |tensor| {
-            if let Some(location) = onnx::external_location(tensor).filter(|&location| seen.insert(location.to_owned())) {
+            if let Some(location) = onnx::external_location(tensor).filter(|&location| seen.insert(location.to_owned()))
+            {
                 found.push(location.to_owned());
             }
         });
@@ -360,5 +361,214 @@ fn set_entry(tensor: &mut TensorProto, key: &str, value: String) {
     match tensor.external_data.iter_mut().find(|entry| entry.key.as_deref() == Some(key)) {
         Some(entry) => entry.value = Some(value),
         None => tensor.external_data.push(StringStringEntryProto { key: Some(key.into()), value: Some(value) }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use prost::Message;
+
+    use super::*;
+    use crate::inline_functions;
+    use crate::onnx::testing::*;
+
+    /// A model of three weights: one of 4 bytes and two of 8 KiB.
+    fn weighty() -> ModelProto {
+        let large = |name: &str, fill: u8| TensorProto {
+            dims: vec![2048],
+            raw_data: Some(vec![fill; 8192].into()),
+            ..weight(name)
+        };
+        let small = TensorProto { dims: vec![1], raw_data: Some(vec![9; 4].into()), ..weight("small") };
+        let nodes = vec![node("Sum", &["x", "one", "small", "two"], &["y"])];
+        let initializer = vec![large("one", 1), small, large("two", 2)];
+        model(GraphProto { initializer, ..graph(&["x"], nodes, &["y"]) })
+    }
+
+    fn weights(model: &Model) -> Vec<Bytes> {
+        let raw = |&id: &_| model.graph().constant(id).unwrap().raw().unwrap().clone();
+        model.graph().initializers().iter().map(raw).collect()
+    }
+
+    /// Names of what is in a folder.
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = folder.read_dir().unwrap();
+        let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    fn write(model: &Model, path: &Path, source: &Path) -> Result<(), String> {
+        Model::write(model.verify().unwrap(), path, source).map_err(|error| error.to_string())
+    }
+
+    /// A folder with `in.onnx`, whose weights lie in `in.onnx.weights.data`.
+    fn external() -> (tempfile::TempDir, PathBuf, Model) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("in.onnx");
+        write_within(&weighty().read(), &path, &path, 1000).unwrap();
+        let model = Model::read(&path).unwrap();
+        (folder, path, model)
+    }
+
+    #[test]
+    fn what_is_too_large_for_one_file_goes_beside_it() {
+        let (folder, path, model) = external();
+        assert_eq!(names(folder.path()), ["in.onnx", "in.onnx.weights.data"]);
+        assert_eq!(model.external_locations(), ["in.onnx.weights.data"]);
+        assert_eq!(weights(&model), weights(&weighty().read()));
+        assert!(fs::metadata(&path).unwrap().len() < 1000);
+        assert_eq!(fs::metadata(folder.path().join("in.onnx.weights.data")).unwrap().len(), 3 * 4096 + 4096);
+        let offsets = weighty();
+        let offsets: Vec<_> = (0..offsets.graph.unwrap().initializer.len())
+            .map(|at| {
+                let proto = onnx::encode_model(&model, false).graph.unwrap();
+                onnx::external_entry(&proto.initializer[at], "offset").map(str::to_owned)
+            })
+            .collect();
+        assert_eq!(offsets, [Some("0".into()), None, Some("8192".into())]);
+    }
+
+    #[test]
+    fn a_message_that_stays_too_large_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.onnx");
+        let error = write_within(&weighty().read(), &path, &path, 100).unwrap_err();
+        assert_eq!(error.to_string(), "it is larger than 100 bytes even without its weights");
+        assert!(names(folder.path()).is_empty());
+    }
+
+    #[test]
+    fn a_model_may_replace_itself() {
+        let (folder, path, mut model) = external();
+        let before = weights(&model);
+        model.metadata.push(("key".into(), "value".into()));
+        write(&model, &path, &path).unwrap();
+        let again = Model::read(&path).unwrap();
+        assert!(again == model && weights(&again) == before);
+        assert_eq!(names(folder.path()), ["in.onnx", "in.onnx.weights.data"]);
+
+        // More weights that do not fit: they must not go over those in use.
+        let mut proto = onnx::encode_model(&model, false);
+        let extra = TensorProto { dims: vec![1024], raw_data: Some(vec![3; 4096].into()), ..weight("three") };
+        proto.graph.as_mut().unwrap().initializer.push(extra);
+        fs::write(&path, proto.encode_to_vec()).unwrap();
+        let model = Model::read(&path).unwrap();
+        let before = weights(&model);
+        write_within(&model, &path, &path, 1000).unwrap();
+        assert_eq!(weights(&Model::read(&path).unwrap()), before);
+        assert_eq!(names(folder.path()), ["in.onnx", "in.onnx.1.weights.data", "in.onnx.weights.data"]);
+    }
+
+    #[test]
+    fn weights_inside_may_be_replaced_in_place_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.onnx");
+        fs::write(&path, weighty().encode_to_vec()).unwrap();
+        let model = Model::read(&path).unwrap();
+        write(&model, &path, &path).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), weighty().encode_to_vec());
+        // The model in memory keeps the file that it was read from.
+        assert_eq!(weights(&model), weights(&weighty().read()));
+    }
+
+    #[test]
+    fn weights_of_the_source_are_not_overwritten() {
+        let (folder, path, model) = external();
+        let data = folder.path().join("in.onnx.weights.data");
+        let before = fs::read(&data).unwrap();
+        let told = write(&model, &data, &path).unwrap_err();
+        assert!(told.ends_with("it holds weights of the model that is to be written"), "{told}");
+        assert_eq!(fs::read(&data).unwrap(), before);
+
+        // The same name in another folder is free.
+        let other = tempfile::tempdir().unwrap();
+        let target = other.path().join("in.onnx.weights.data");
+        write(&model, &target, &path).unwrap();
+        assert_eq!(weights(&Model::read(&target).unwrap()), weights(&model));
+        assert_eq!(names(other.path()), ["in.onnx.weights.data", "in.onnx.weights.data.data"]);
+    }
+
+    #[test]
+    fn a_folder_beneath_or_above_is_another_folder() {
+        let (folder, path, model) = external();
+        let beneath = folder.path().join("beneath");
+        fs::create_dir(&beneath).unwrap();
+        let target = beneath.join("out.onnx");
+        write(&model, &target, &path).unwrap();
+        assert_eq!(names(&beneath), ["out.onnx", "out.onnx.data"]);
+        let again = Model::read(&target).unwrap();
+        let above = folder.path().join("above.onnx");
+        write(&again, &above, &target).unwrap();
+        assert_eq!(weights(&Model::read(&above).unwrap()), weights(&model));
+    }
+
+    #[test]
+    fn several_external_files_get_several_names() {
+        let (folder, path, _) = external();
+        fs::copy(folder.path().join("in.onnx.weights.data"), folder.path().join("second")).unwrap();
+        let mut proto = ModelProto::decode(fs::read(&path).unwrap().as_slice()).unwrap();
+        set_entry(&mut proto.graph.as_mut().unwrap().initializer[2], "location", "./second".into());
+        // Constants inside functions lie there as well.
+        let constant = AttributeProto {
+            r#type: Some(onnx::attribute_type::TENSOR),
+            t: Some(Box::new(proto.graph.as_ref().unwrap().initializer[0].clone())),
+            ..Default::default()
+        };
+        proto.functions = vec![function("f", &[], vec![node("Constant", &[], &["c"]).with("value", constant)], &["c"])];
+        proto.opset_import.push(opset("f", 1));
+        proto.graph.as_mut().unwrap().node.push(node("f::f", &[], &["z"]));
+        fs::write(&path, proto.encode_to_vec()).unwrap();
+        let mut model = Model::read(&path).unwrap();
+        let other = tempfile::tempdir().unwrap();
+        let target = other.path().join("out.onnx");
+        write(&model, &target, &path).unwrap();
+        assert_eq!(names(other.path()), ["out.onnx", "out.onnx.1.data", "out.onnx.data"]);
+        let mut again = Model::read(&target).unwrap();
+        assert_eq!(weights(&again), weights(&model));
+        for model in [&mut model, &mut again] {
+            inline_functions(model, |_| true).unwrap();
+        }
+        let constant =
+            |model: &Model| model.graph().constant(model.graph().find_value("z").unwrap()).unwrap().raw().cloned();
+        assert!(constant(&again).is_some() && constant(&again) == constant(&model));
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_linked_model_takes_its_weights_along() {
+        // As in the caches of model hubs: links to files in another folder.
+        let (folder, path, model) = external();
+        let snapshot = tempfile::tempdir().unwrap();
+        let link = snapshot.path().join("model.onnx");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        std::os::unix::fs::symlink(
+            folder.path().join("in.onnx.weights.data"),
+            snapshot.path().join("in.onnx.weights.data"),
+        )
+        .unwrap();
+        let linked = Model::read(&link).unwrap();
+        let target = snapshot.path().join("out.onnx");
+        write(&linked, &target, &link).unwrap();
+        assert_eq!(weights(&Model::read(&target).unwrap()), weights(&model));
+    }
+
+    #[test]
+    fn what_cannot_be_written_leaves_nothing() {
+        let (folder, path, model) = external();
+        let told = write(&model, &folder.path().join("none/out.onnx"), &path).unwrap_err();
+        assert!(told.starts_with("cannot write '") && told.contains("No such file"), "{told}");
+        fs::create_dir(folder.path().join("taken")).unwrap();
+        let told = write(&model, &folder.path().join("taken"), &path).unwrap_err();
+        assert!(told.contains("is a folder") && told.matches("taken").count() == 1, "{told}");
+        // The weights cannot be placed: a folder is in the way.
+        let other = tempfile::tempdir().unwrap();
+        fs::create_dir(other.path().join("out.onnx.data")).unwrap();
+        let told = write(&model, &other.path().join("out.onnx"), &path).unwrap_err();
+        assert!(told.contains("out.onnx.data: is a folder"), "{told}");
+        assert_eq!(names(other.path()), ["out.onnx.data"]);
+        assert_eq!(names(folder.path()), ["in.onnx", "in.onnx.weights.data", "taken"]);
     }
 }

@@ -14,8 +14,6 @@ use crate::{NodeId, Tensor, TensorType, ValueId};
 #[derive(Clone, Debug)]
 pub struct Patch {
     pass: String,
-    /// Whether nodes say which pass made them: the format allows it from IR version 10 on.
-    signed: bool,
     revision: u64,
     first_value: usize,
     first_node: usize,
@@ -30,6 +28,8 @@ pub struct Patch {
     functions: Vec<Function>,
     imports: Vec<(String, i64)>,
     metadata: Vec<(String, String)>,
+    /// That of the model.
+    ir_version: i64,
     names: Names,
 }
 
@@ -83,7 +83,6 @@ impl Patch {
         let graph = model.graph();
         Self {
             pass: pass.into(),
-            signed: model.ir_version() >= 10,
             revision: graph.revision(),
             first_value: graph.values.len(),
             first_node: graph.nodes.len(),
@@ -98,6 +97,7 @@ impl Patch {
             functions: Vec::new(),
             imports: Vec::new(),
             metadata: Vec::new(),
+            ir_version: model.ir_version(),
             names: Names::of(graph),
         }
     }
@@ -105,7 +105,8 @@ impl Patch {
     /// Whether it changes nothing. New nodes and constants alone are no change: nothing reads them.
     pub fn is_empty(&self) -> bool {
         let edits = [self.rewires.len(), self.outputs.len(), self.new_outputs.len(), self.attributes.len()];
-        let notes = [self.types.len(), self.forgotten.len(), self.functions.len(), self.imports.len(), self.metadata.len()];
+        let notes =
+            [self.types.len(), self.forgotten.len(), self.functions.len(), self.imports.len(), self.metadata.len()];
         edits.into_iter().chain(notes).all(|count| count == 0)
     }
 
@@ -140,7 +141,8 @@ impl Patch {
         let mut node = Node::new(op, inputs, attributes);
         node.name = self.fresh_name(&format!("{hint}/node"));
         node.captures = node.read_by_nested();
-        if self.signed {
+        // Nodes have metadata from version 10 of the format on.
+        if self.ir_version >= 10 {
             node.metadata.push(("vitrim.pass".into(), self.pass.clone()));
         }
         let mut made = Vec::with_capacity(results);
@@ -279,9 +281,15 @@ impl Patch {
         for value in std::mem::take(&mut self.values) {
             let constant = matches!(value.def, Def::Initializer(_));
             let declared = value.info.is_some();
+            let ty = value.ty();
             let id = graph.add_value(value);
             if constant {
                 graph.initializers.push(id);
+                // Before version 4 of the format every initializer had to be an input as well.
+                if self.ir_version < 4 {
+                    graph.inputs.push(id);
+                    graph.value_mut(id).info = ty.as_ref().map(ValueInfo::of);
+                }
             } else if declared {
                 graph.declared.push(id);
             }
@@ -307,7 +315,8 @@ impl Patch {
             node.captures = node.read_by_nested();
             graph.node(id).dependencies().try_for_each(|value| self.existing(graph, value).map(drop))?;
         }
-        let forgotten: HashSet<ValueId> = self.forgotten.iter().copied().filter(|id| !graph.outputs.contains(id)).collect();
+        let forgotten: HashSet<ValueId> =
+            self.forgotten.iter().copied().filter(|id| !graph.outputs.contains(id)).collect();
         for &id in &forgotten {
             self.existing(graph, id)?;
             graph.value_mut(id).info = None;
@@ -530,7 +539,8 @@ mod tests {
             node("Abs", &["a"], &["dead"]),
             node("Exp", &["b"], &["y"]),
         ];
-        let graph = GraphProto { initializer: vec![weight("w")], value_info: vec![info("b")], ..graph(&["x"], nodes, &["y"]) };
+        let graph =
+            GraphProto { initializer: vec![weight("w")], value_info: vec![info("b")], ..graph(&["x"], nodes, &["y"]) };
         model(graph).read()
     }
 
@@ -542,7 +552,8 @@ mod tests {
         let branch = graph(&[], vec![node("Exp", &["a"], &["s"]), inner], &["e"]);
         let outer = node("If", &["c"], &["y"]).with_graph("then_branch", branch);
         let outer = outer.with_graph("else_branch", graph(&[], vec![node("Abs", &["k"], &["g"])], &["g"]));
-        let nodes = vec![node("Neg", &["x"], &["a"]), node("Neg", &["a"], &["k"]), outer, node("Add", &["y", "a"], &["z"])];
+        let nodes =
+            vec![node("Neg", &["x"], &["a"]), node("Neg", &["a"], &["k"]), outer, node("Add", &["y", "a"], &["z"])];
         model(graph(&["c", "x"], nodes, &["z"])).read()
     }
 
@@ -573,7 +584,10 @@ mod tests {
         patch.rewire_uses(model.graph(), value(&model, "a"), scaled, |used| used.slot == Some(0));
         assert!(!patch.is_empty());
         let (edited, diff) = apply(patch, &model);
-        assert_eq!(edited.lines(), ["a = Neg(x)", "a_2 = Mul(a, w_2)", "b = Add(a_2, w)", "dead = Abs(a_2)", "y = Exp(b)"]);
+        assert_eq!(
+            edited.lines(),
+            ["a = Neg(x)", "a_2 = Mul(a, w_2)", "b = Add(a_2, w)", "dead = Abs(a_2)", "y = Exp(b)"]
+        );
         assert_eq!(diff, Diff { added: 1, removed: 0, rewired: 2 });
         let (_, node) = edited.graph().nodes().nth(1).unwrap();
         assert_eq!((node.name.as_str(), node.metadata[0].1.as_str()), ("a/node", "test"));
@@ -607,7 +621,8 @@ mod tests {
             node("Mul", &["b", "replaced"], &["y"]),
         ];
         let names = ["shared", "replaced", "never_read", "scale"];
-        let parameter = |value: &str| StringStringEntryProto { key: Some("SCALE_TENSOR".into()), value: Some(value.into()) };
+        let parameter =
+            |value: &str| StringStringEntryProto { key: Some("SCALE_TENSOR".into()), value: Some(value.into()) };
         let annotation = |tensor: &str, scale| TensorAnnotation {
             tensor_name: Some(tensor.into()),
             quant_parameter_tensor_names: vec![parameter(scale)],
@@ -639,6 +654,15 @@ mod tests {
         patch.rewire(producer(&model, "y"), 0, value(&model, "x"));
         let (edited, _) = apply(patch, &model);
         assert_eq!((edited.graph().inputs().len(), edited.graph().initializers().len()), (1, 0));
+
+        // One that a patch adds is both.
+        let mut patch = Patch::new(&model, "test");
+        let new = patch.constant("new", Tensor::f32s(&[2], &[0.0; 2]));
+        patch.rewire(producer(&model, "y"), 0, new);
+        patch.replace_output(0, value(&model, "a"));
+        patch.append_output("kept", value(&model, "y"), f32_2());
+        let (edited, _) = apply(patch, &model);
+        assert_eq!((edited.graph().inputs().len(), edited.graph().initializers().len()), (3, 2));
     }
 
     #[test]
@@ -692,7 +716,12 @@ mod tests {
         patch.replace_output(1, new);
         let (edited, _) = apply(patch, &model);
         let old = "a/before_test";
-        for line in [format!("{old} = Neg(x)"), format!("  s = Exp({old})"), format!("    d = Add({old}, s)"), format!("a = Abs({old})")] {
+        for line in [
+            format!("{old} = Neg(x)"),
+            format!("  s = Exp({old})"),
+            format!("    d = Add({old}, s)"),
+            format!("a = Abs({old})"),
+        ] {
             assert!(edited.lines().contains(&line), "{line}: {:#?}", edited.lines());
         }
     }
@@ -716,13 +745,16 @@ mod tests {
         patch.replace_output(0, new);
         patch.append_output("extra", value(&model, "b"), f32_2());
         let (edited, _) = apply(patch, &model);
-        assert_eq!(edited.lines(), [
-            "a = Neg(x)",
-            "extra = Add(a, w)",
-            "dead = Abs(a)",
-            "y/before_test = Exp(extra)",
-            "y = Neg(y/before_test)"
-        ]);
+        assert_eq!(
+            edited.lines(),
+            [
+                "a = Neg(x)",
+                "extra = Add(a, w)",
+                "dead = Abs(a)",
+                "y/before_test = Exp(extra)",
+                "y = Neg(y/before_test)"
+            ]
+        );
         let graph = edited.message().graph.unwrap();
         assert_eq!(graph.output, [info("y"), info("extra")]);
         assert!(graph.value_info.is_empty());
@@ -745,11 +777,15 @@ mod tests {
         for (slot, new, name) in [(1, "a", "x"), (2, "a", "w"), (0, "x", "y"), (0, "w", "y"), (0, "b", "y")] {
             assert_eq!(replaced(slot, new), message(name));
         }
-        let added = |name: &str, new: &str| refused_with(&|patch| patch.append_output(name, value(&model, new), f32_2()));
+        let added =
+            |name: &str, new: &str| refused_with(&|patch| patch.append_output(name, value(&model, new), f32_2()));
         assert_eq!(added("new", "x"), message("new"));
         assert_eq!(added("new", "y"), message("new"));
         assert_eq!(added("b", "a"), "pass 'test': the name 'b' is taken");
-        assert_eq!(refused_with(&|patch| patch.replace_output(9, value(&model, "a"))), "pass 'test': output 9 does not exist");
+        assert_eq!(
+            refused_with(&|patch| patch.replace_output(9, value(&model, "a"))),
+            "pass 'test': output 9 does not exist"
+        );
         let twice = refused_with(&|patch| {
             patch.append_output("one", value(&model, "a"), f32_2());
             patch.append_output("two", value(&model, "a"), f32_2());
@@ -817,7 +853,8 @@ mod tests {
         let (nobody, nothing) = (NodeId::from_slot(99), ValueId::from_slot(99));
         let x = value(&model, "x");
         let neg = producer(&model, "a");
-        let edits: [(&dyn Fn(&mut Patch), &str); 9] = [
+        type Edit<'e> = &'e dyn Fn(&mut Patch);
+        let edits: [(Edit, &str); 9] = [
             (&|patch| patch.rewire(nobody, 0, x), "operand 0 of n100"),
             (&|patch| patch.rewire(neg, 7, x), "operand 7 of n1"),
             (&|patch| patch.rewire(neg, 0, nothing), "value v100"),
@@ -826,7 +863,7 @@ mod tests {
             (&|patch| patch.replace_output(0, nothing), "value v100"),
             (&|patch| patch.append_output("new", nothing, f32_2()), "value v100"),
             (&|patch| patch.forget_type(nothing), "value v100"),
-            (&|patch| drop(patch.op("Neg", "new", &[nothing], &[])), "value v100"),
+            (&|patch| _ = patch.op("Neg", "new", &[nothing], &[]), "value v100"),
         ];
         for (edit, what) in edits {
             let mut patch = Patch::new(&model, "test");
@@ -848,7 +885,10 @@ mod tests {
         patch.rewire(producer(&model, "y"), 0, new);
         let (edited, _) = apply(patch, &model);
         let told = |name| edited.graph().value(value(&edited, name)).ty();
-        assert_eq!([told("b"), told("y"), told("a"), told("new")], [None, Some(f32_2()), Some(three.clone()), Some(three)]);
+        assert_eq!(
+            [told("b"), told("y"), told("a"), told("new")],
+            [None, Some(f32_2()), Some(three.clone()), Some(three)]
+        );
         let infos = edited.message().graph.unwrap().value_info;
         assert_eq!(infos.iter().map(|info| info.name()).collect::<Vec<_>>(), ["new", "a"]);
     }
@@ -867,12 +907,10 @@ mod tests {
     #[test]
     fn functions_imports_and_metadata_are_added_once() {
         let body = |op: &str| {
-            let model = with_functions(graph(&["x"], vec![node("Neg", &["x"], &["y"])], &["y"]), vec![function(
-                "f",
-                &["a"],
-                vec![node(op, &["a"], &["b"])],
-                &["b"],
-            )]);
+            let model = with_functions(
+                graph(&["x"], vec![node("Neg", &["x"], &["y"])], &["y"]),
+                vec![function("f", &["a"], vec![node(op, &["a"], &["b"])], &["b"])],
+            );
             model.read().functions()[0].clone()
         };
         let model = chain();
@@ -885,7 +923,10 @@ mod tests {
         patch.metadata("key", "new".into());
         assert!(!patch.is_empty());
         let (edited, _) = apply(patch, &model);
-        assert_eq!((edited.functions().len(), edited.opsets().get("f"), edited.metadata("key")), (1, Some(1), Some("new")));
+        assert_eq!(
+            (edited.functions().len(), edited.opsets().get("f"), edited.metadata("key")),
+            (1, Some(1), Some("new"))
+        );
 
         let again = |edit: &dyn Fn(&mut Patch)| {
             let mut patch = Patch::new(&edited, "test");
@@ -915,7 +956,8 @@ mod tests {
     fn a_new_node_may_hold_graphs_that_read_old_values() {
         let model = nested();
         let old = model.graph().node(producer(&model, "y")).clone();
-        let attributes: Vec<(&str, Attribute)> = old.attributes.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        let attributes: Vec<(&str, Attribute)> =
+            old.attributes.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
         let mut patch = Patch::new(&model, "test");
         let new = patch.call(old.op, "new", old.inputs, &attributes, 1)[0];
         patch.rewire_uses(model.graph(), value(&model, "y"), new, |_| true);

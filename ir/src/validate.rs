@@ -291,3 +291,139 @@ impl Checker<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Tensor;
+    use crate::graph::{Node, Value};
+    use crate::onnx::testing::*;
+    use crate::onnx::{GraphProto, ModelProto};
+
+    /// `x -> a = Neg(x) -> y = If(c)`, whose branches read `a` and `w`.
+    fn sound() -> Model {
+        let branch = |name: &str| graph(&[], vec![node("Add", &["a", "w"], &[name])], &[name]);
+        let choice =
+            node("If", &["c"], &["y"]).with_graph("then_branch", branch("t")).with_graph("else_branch", branch("e"));
+        let nodes = vec![node("Neg", &["x"], &["a"]).named("neg"), choice.named("if")];
+        model(GraphProto { initializer: vec![weight("w")], ..graph(&["c", "x"], nodes, &["y"]) }).read()
+    }
+
+    fn id(model: &Model, name: &str) -> ValueId {
+        model.graph.find_value(name).unwrap()
+    }
+
+    fn branch(model: &mut Model) -> &mut Graph {
+        let choice = model.graph.order[1];
+        let Attribute::Graph(graph) = &mut model.graph.node_mut(choice).attributes[0].1 else { unreachable!() };
+        graph
+    }
+
+    #[test]
+    fn every_invariant_is_checked() {
+        type Edit<'e> = &'e dyn Fn(&mut Model);
+        let edits: [(u8, &str, Edit); 22] = [
+            (1, "value v1 is used but does not exist", &|m| m.graph.values[0] = None),
+            (1, "value v5 is used but does not exist", &|m| m.graph.values[4] = None),
+            (2, "the users of 'x' are out of step", &|m| m.graph.value_mut(id(m, "x")).uses.clear()),
+            (3, "nothing defines 'a'", &|m| m.graph.value_mut(id(m, "a")).def = Def::Undefined),
+            (3, "nothing defines 'y'", &|m| m.graph.value_mut(id(m, "y")).def = Def::Node(m.graph.order[0], 0)),
+            (3, "nothing defines 'x'", &|m| m.graph.inputs.truncate(1)),
+            (3, "nothing defines 'w'", &|m| m.graph.initializers.clear()),
+            (4, "If 'if' comes before what it reads", &|m| m.graph.order.reverse()),
+            (4, "the order lists n1, which does not exist", &|m| m.graph.nodes[0] = None),
+            (4, "Neg 'neg' is listed twice", &|m| m.graph.order.push(m.graph.order[0])),
+            (4, "1 of 2 nodes are in the order", &|m| m.graph.order.truncate(1)),
+            (5, "the name 'x' is used twice", &|m| m.graph.value_mut(id(m, "c")).name = "x".into()),
+            (5, "the name 'x' is used twice", &|m| branch(m).values[0].as_mut().unwrap().name = "x".into()),
+            (5, "has no name", &|m| m.graph.value_mut(id(m, "c")).name.clear()),
+            (5, "two nodes are named 'neg'", &|m| m.graph.node_mut(m.graph.order[1]).name = "neg".into()),
+            (6, "Neg 'neg' uses the domain 'ai.onnx', which is not imported", &|m| m.opsets = Opsets::default()),
+            (8, "If 'if' has the attribute 'k' twice", &|m| {
+                m.graph
+                    .node_mut(m.graph.order[1])
+                    .attributes
+                    .extend([("k".into(), Attribute::Int(1)), ("k".into(), Attribute::Int(1))]);
+            }),
+            (8, "refers to a function's attribute outside a function", &|m| {
+                m.graph.node_mut(m.graph.order[0]).attributes.push(("k".into(), Attribute::Ref("r".into(), 2)));
+            }),
+            (9, "'a' is captured from nowhere", &|m| {
+                branch(m).values.iter_mut().flatten().for_each(|value| {
+                    if value.name == "a" {
+                        value.def = Def::Captured(ValueId::from_slot(99));
+                    }
+                })
+            }),
+            (9, "'b' is captured from nowhere", &|m| {
+                branch(m).values.iter_mut().flatten().for_each(|value| {
+                    if value.name == "a" {
+                        value.name = "b".into();
+                    }
+                })
+            }),
+            (9, "there is nothing around it to capture from", &|m| {
+                m.graph.add_value(Value::new("z".into(), Def::Captured(id(m, "x"))));
+            }),
+            (10, "the input 'a' is computed", &|m| m.graph.inputs.push(id(m, "a"))),
+        ];
+        for (invariant, message, edit) in edits {
+            let mut model = sound();
+            edit(&mut model);
+            let Violations(found) = model.verify().unwrap_err();
+            let hit =
+                found.iter().any(|violation| violation.invariant == invariant && violation.message.contains(message));
+            assert!(hit, "{message}: {found:#?}");
+        }
+    }
+
+    #[test]
+    fn functions_are_checked() {
+        let neg = || function("f", &["a"], vec![node("Neg", &["a"], &["b"])], &["b"]);
+        let call = |inputs: &[&str]| graph(&["x", "z"], vec![node("f::f", inputs, &["y"])], &["y"]);
+        let told = |proto: &ModelProto, edit: &dyn Fn(&mut Model)| {
+            let mut model = Model::from_bytes(proto.bytes()).unwrap();
+            edit(&mut model);
+            let Violations(found) = model.verify().unwrap_err();
+            (found[0].invariant, found[0].message.clone())
+        };
+        let many = told(&with_functions(call(&["x", "z"]), vec![neg()]), &|_| ());
+        assert_eq!(many, (7, "graph: f.f -> 'y' passes more operands or results than its function has".into()));
+        let twice = told(&with_functions(call(&["x"]), vec![neg()]), &|m| m.functions.push(m.functions[0].clone()));
+        assert_eq!(twice, (11, "two local functions are alike".into()));
+        let unimported = told(
+            &with_functions(call(&["x"]), vec![function("f", &["a"], vec![node("g::G", &["a"], &["b"])], &["b"])]),
+            &|_| (),
+        );
+        assert_eq!(unimported, (6, "function f.f: g.G -> 'b' uses the domain 'g', which is not imported".into()));
+        let initializer = told(&with_functions(call(&["x"]), vec![neg()]), &|m| {
+            let graph = &mut m.functions[0].graph;
+            let id = graph.add_value(Value::new("w".into(), Def::Initializer(Tensor::i64(0))));
+            graph.initializers.push(id);
+        });
+        assert_eq!(initializer, (10, "function f.f: a function has no initializers".into()));
+    }
+
+    #[test]
+    fn a_declaration_alone_defines_nothing() {
+        // Exporters leave declarations of values that are gone, and declare outer values in nested graphs.
+        let mut proto = sound().message();
+        let main = proto.graph.as_mut().unwrap();
+        main.value_info = vec![info("gone"), info("gone")];
+        main.node[1].attribute[0].g.as_mut().unwrap().value_info = vec![info("x"), info("a"), info("t")];
+        assert_eq!(proto.read().message(), proto);
+    }
+
+    #[test]
+    fn what_is_reported_has_bounds() {
+        let mut model = sound();
+        for number in 0..1000 {
+            let node = Node::new(OpType::of(&"d".repeat(1000), "Op"), Vec::new(), Vec::new());
+            model.graph.add_node(Node { name: format!("{number}\n"), ..node });
+        }
+        let Violations(found) = model.verify().unwrap_err();
+        assert_eq!(found.len(), LISTED);
+        assert!(found.iter().all(|violation| violation.message.chars().count() <= MESSAGE + 1));
+        assert!(Violations(found).to_string().ends_with("(and 99 more)"));
+    }
+}

@@ -51,7 +51,8 @@ fn extents(vit: &VitModel, value: ValueId, tokens: i64) -> Option<Vec<i64>> {
 }
 
 fn node_flops(vit: &VitModel, node: &Node, tokens: i64) -> Option<u64> {
-    let product = |extents: &[i64]| extents.iter().try_fold(1u64, |all, &extent| all.checked_mul(u64::try_from(extent).ok()?));
+    let product =
+        |extents: &[i64]| extents.iter().try_fold(1u64, |all, &extent| all.checked_mul(u64::try_from(extent).ok()?));
     let name = node.op.name.as_str();
     let inner = match name {
         "MatMul" | "FusedMatMul" | "Gemm" | "MatMulInteger" | "QLinearMatMul" => {

@@ -2,7 +2,7 @@
 //! records in the file what was done.
 
 use serde::Serialize;
-use vitrim_ir::{DataType, InlineError, Model, Patch, inline_functions};
+use vitrim_ir::{DataType, InlineError, LIFTED, LiftError, Model, Patch, inline_functions, lift_opset};
 use vitrim_ops::DOMAIN;
 
 use crate::Refusal;
@@ -18,6 +18,9 @@ pub const RECIPE_KEY: &str = "vitrim.recipe";
 pub const VERSION_KEY: &str = "vitrim.version";
 /// Key of the tokens that leave each block.
 pub const TOKENS_KEY: &str = "vitrim.tokens";
+
+/// The version of the format that introduced local functions.
+const FUNCTIONS_SINCE: i64 = 8;
 
 /// How to rewrite.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,13 +50,18 @@ pub struct Report {
     pub notes: Vec<String>,
 }
 
-/// A model that is ready to be analysed: local functions of others inlined.
+/// A model that is ready to be analysed: local functions of others inlined, its operators those of a version that bodies
+/// of ours can be written in.
 pub fn prepare(model: &Model) -> Result<(Model, Vec<String>), Refusal> {
     let mut model = model.clone();
     let refused = |error: InlineError| Refusal::Request(error.to_string());
     let mut notes = Vec::new();
     if inline_functions(&mut model, |op| op.domain != DOMAIN).map_err(refused)? {
         notes.push("the model's local functions were inlined".into());
+    }
+    let opset = model.opsets().standard();
+    if lift_opset(&mut model).map_err(|error: LiftError| Refusal::Request(error.to_string()))? {
+        notes.push(format!("the model was lifted from opset {opset} to {LIFTED}"));
     }
     Ok((model, notes))
 }
@@ -93,6 +101,9 @@ pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Mode
     }
     if options.inline {
         inline_functions(&mut model, |_| true).map_err(|error| Refusal::Request(error.to_string()))?;
+    }
+    if changed && !model.functions().is_empty() && model.require_ir_version(FUNCTIONS_SINCE) > 0 {
+        report.notes.push("weights are no graph inputs any more: the format has them apart since IR version 4".into());
     }
     report.nodes_after = model.graph().len();
     Ok((model, report))

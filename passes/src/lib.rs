@@ -7,6 +7,7 @@
 pub mod cost;
 pub mod driver;
 pub mod merge;
+pub mod probe;
 pub mod recipe;
 pub mod recognise;
 pub mod schedule;
@@ -18,7 +19,7 @@ pub enum Refusal {
     #[error("no vision transformer found: {0}")]
     NotAVit(String),
     /// A node depends on the number or order of the tokens in a way that no rewrite covers.
-    #[error("the tokens cannot be regrouped: {node} {reason}")]
+    #[error("the tokens cannot be regrouped: {node}: {reason}")]
     Pinned {
         /// The node, as messages name it.
         node: String,

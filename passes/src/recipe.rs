@@ -135,7 +135,8 @@ impl Align {
 impl Recipe {
     /// Reads a recipe from TOML.
     pub fn parse(text: &str) -> Result<Self, Refusal> {
-        toml::from_str(text).map_err(|error| Refusal::Request(format!("the recipe is not valid: {}", error.to_string().trim())))
+        toml::from_str(text)
+            .map_err(|error| Refusal::Request(format!("the recipe is not valid: {}", error.to_string().trim())))
     }
 
     /// The recipe as TOML.
@@ -153,7 +154,9 @@ impl MergeSpec {
             (Some(RSpec::Text(text)), None, None) => text.parse().map_err(Refusal::Request)?,
             (None, Some(ratio), None) => Schedule::Ratio(ratio),
             (None, None, Some(kept)) => Schedule::Keep(kept.clone()),
-            (None, None, None) => return Err(Refusal::Request("how much to merge is not given: r, ratio or keep_tokens".into())),
+            (None, None, None) => {
+                return Err(Refusal::Request("how much to merge is not given: r, ratio or keep_tokens".into()));
+            }
             _ => return Err(Refusal::Request("r, ratio and keep_tokens exclude each other: give one".into())),
         };
         Ok(Merge {

@@ -26,10 +26,13 @@ impl FromStr for Schedule {
     /// `8`, `16:-1` (r:inflection) or `8,8,4,0` (per block).
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |text: &str| {
-            text.trim().parse::<usize>().map_err(|_| format!("'{text}' is no number of tokens (a whole number from 0 up)"))
+            text.trim()
+                .parse::<usize>()
+                .map_err(|_| format!("'{text}' is no number of tokens (a whole number from 0 up)"))
         };
         if let Some((r, bend)) = text.split_once(':') {
-            let bend: f64 = bend.trim().parse().map_err(|_| format!("'{bend}' is no inflection (a number from -1 to 1)"))?;
+            let bend: f64 =
+                bend.trim().parse().map_err(|_| format!("'{bend}' is no inflection (a number from -1 to 1)"))?;
             if !(-1.0..=1.0).contains(&bend) {
                 return Err(format!("the inflection {bend} lies outside -1 to 1"));
             }

@@ -24,22 +24,13 @@ pub struct Python {
 impl Environment {
     /// Names an environment; [`Environment::prepare`] makes it.
     pub const fn new(folder: &'static str, requirements: &'static str) -> Self {
-        Self {
-            folder,
-            requirements,
-        }
+        Self { folder, requirements }
     }
 
     /// Makes the environment unless it is there and up to date. Two processes may try at once: one waits.
     pub fn prepare(&self, root: &Path, offline: bool) -> Result<Python, String> {
         let folder = root.join(self.folder);
-        let python = Python {
-            program: folder.join(if cfg!(windows) {
-                "Scripts/python.exe"
-            } else {
-                "bin/python"
-            }),
-        };
+        let python = Python { program: folder.join(if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" }) };
         let source = root.join(self.requirements);
         let wanted = fs::read(&source).map_err(|error| at(&source, error))?;
         let stamp = folder.join("requirements.txt");
@@ -55,10 +46,7 @@ impl Environment {
             return Ok(python);
         }
         if offline {
-            return Err(format!(
-                "{} is missing or out of date: run the command once without --offline",
-                self.folder
-            ));
+            return Err(format!("{} is missing or out of date: run the command once without --offline", self.folder));
         }
         eprintln!("xtask: making {} from {}", self.folder, self.requirements);
         if folder.exists() {
@@ -126,18 +114,12 @@ fn install(python: &Python, requirements: &Path) -> Result<(), String> {
 /// Runs to the end; an error carries everything that the program printed.
 fn run(command: &mut Command) -> Result<Output, String> {
     let program = Path::new(command.get_program()).display().to_string();
-    let output = command
-        .output()
-        .map_err(|error| format!("cannot run {program}: {error}"))?;
+    let output = command.output().map_err(|error| format!("cannot run {program}: {error}"))?;
     if output.status.success() {
         return Ok(output);
     }
     let said = [output.stdout, output.stderr].concat();
-    Err(format!(
-        "{program}: {}\n{}",
-        output.status,
-        String::from_utf8_lossy(&said).trim_end()
-    ))
+    Err(format!("{program}: {}\n{}", output.status, String::from_utf8_lossy(&said).trim_end()))
 }
 
 /// An I/O error with the file it is about.

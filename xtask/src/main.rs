@@ -16,10 +16,13 @@ use environment::Environment;
 const HELP: &str = "\
 cargo xtask COMMAND [ARGUMENT...]
 
+  demo      merge the trained model of fixtures/ and run it on its pictures with the built-in runtime
   setup     make .venv: Python with the pinned onnxruntime, numpy and onnx of fixtures/requirements.txt
   test      setup, then `cargo test --workspace ARGUMENT...` with ORT_DYLIB_PATH and VITRIM_PYTHON set
   compat    rewritten models under ONNX Runtime 1.17.3, 1.20.1 and the pinned one (tests/python/compat.py)
   parity    merged timm exports against the reference (tests/python/parity.py); installs PyTorch: about 7 GB
+  coverage FOLDER
+            write docs/coverage.md from the models of FOLDER (with .json and .npz beside them; default: fixtures/zoo)
   help      print this
 
 --offline never downloads. PYTHON names the interpreter that environments are made with (default: python3).";
@@ -29,45 +32,28 @@ const TEST: Environment = Environment::new(".venv", "fixtures/requirements.txt")
 
 /// Older runtimes whose users must be able to load what vitrim writes, by version.
 const OLD_RUNTIMES: [(&str, Environment); 2] = [
-    (
-        "1.17.3",
-        Environment::new(
-            ".venv-ort-1.17.3",
-            "tests/python/requirements-ort-1.17.3.txt",
-        ),
-    ),
-    (
-        "1.20.1",
-        Environment::new(
-            ".venv-ort-1.20.1",
-            "tests/python/requirements-ort-1.20.1.txt",
-        ),
-    ),
+    ("1.17.3", Environment::new(".venv-ort-1.17.3", "tests/python/requirements-ort-1.17.3.txt")),
+    ("1.20.1", Environment::new(".venv-ort-1.20.1", "tests/python/requirements-ort-1.20.1.txt")),
 ];
 
 /// PyTorch and timm, to export models of known weights.
-const PARITY: Environment =
-    Environment::new(".venv-parity", "tests/python/requirements-parity.txt");
+const PARITY: Environment = Environment::new(".venv-parity", "tests/python/requirements-parity.txt");
 
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
-    let command = if arguments.is_empty() {
-        "help".to_owned()
-    } else {
-        arguments.remove(0)
-    };
+    let command = if arguments.is_empty() { "help".to_owned() } else { arguments.remove(0) };
     let done = match command.as_str() {
+        "demo" => demo(offline(&arguments)),
         "setup" => setup(&arguments),
         "test" => test(&arguments),
         "compat" => compat(&arguments),
         "parity" => parity(&arguments),
+        "coverage" => coverage(&arguments),
         "help" | "-h" | "--help" => {
             println!("{HELP}");
             Ok(())
         }
-        unknown => Err(Failure::Message(format!(
-            "no command `{unknown}`\n\n{HELP}"
-        ))),
+        unknown => Err(Failure::Message(format!("no command `{unknown}`\n\n{HELP}"))),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -96,13 +82,52 @@ impl<E: fmt::Display> From<E> for Failure {
 
 type Outcome = Result<(), Failure>;
 
+/// The main job on a model of the repository: inspect, merge, compare on real pictures, time.
+fn demo(offline: bool) -> Outcome {
+    build(offline)?;
+    let fixtures = root().join("fixtures/fashion");
+    let path = |path: std::path::PathBuf| path.display().to_string();
+    let model = path(fixtures.join("fashion_vit.onnx"));
+    let pictures = path(fixtures.join("fashion_test.npz"));
+    let merged = path(root().join("target/fashion_vit_merged.onnx"));
+    let commands: [&[&str]; 4] = [
+        &["inspect", &model],
+        &["merge", &model, &merged, "-r", "6"],
+        &["verify", &model, &merged, "--input", &pictures],
+        &["bench", &model, &merged, "--batch", "32"],
+    ];
+    for command in commands {
+        let shown: Vec<String> =
+            command.iter().map(|word| word.replace(&format!("{}/", root().display()), "")).collect();
+        println!("\n$ vitrim {}\n", shown.join(" "));
+        hand_over(Command::new(root().join("target/debug/vitrim")).args(command))?;
+    }
+    Ok(())
+}
+
+fn coverage(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let python = TEST.prepare(root(), offline)?;
+    let folder = arguments.first().map_or("fixtures/zoo", |folder| folder.as_str());
+    let output = root().join("docs/coverage.md");
+    let table = Command::new(cargo())
+        .args(["run", "--quiet", "--package", "vitrim", "--example", "coverage", "--", folder])
+        .env("ORT_DYLIB_PATH", python.runtime_library()?)
+        .current_dir(root())
+        .stderr(std::process::Stdio::inherit())
+        .output()?;
+    if !table.status.success() {
+        return Err(Failure::Status(1));
+    }
+    std::fs::create_dir_all(root().join("docs"))?;
+    std::fs::write(&output, table.stdout)?;
+    println!("{} is written", output.display());
+    Ok(())
+}
+
 fn setup(arguments: &[String]) -> Outcome {
     let python = TEST.prepare(root(), offline(arguments))?;
-    println!(
-        "{} is ready: ORT_DYLIB_PATH={}",
-        TEST.folder,
-        python.runtime_library()?.display()
-    );
+    println!("{} is ready: ORT_DYLIB_PATH={}", TEST.folder, python.runtime_library()?.display());
     Ok(())
 }
 
@@ -123,28 +148,17 @@ fn compat(arguments: &[String]) -> Outcome {
     let mut script = Command::new(current.program());
     script.arg(root().join("tests/python/compat.py"));
     for (_, environment) in OLD_RUNTIMES {
-        script
-            .arg("--runtime")
-            .arg(environment.prepare(root(), offline)?.program());
+        script.arg("--runtime").arg(environment.prepare(root(), offline)?.program());
     }
     build(offline)?;
-    hand_over(
-        script
-            .arg("--runtime")
-            .arg(current.program())
-            .args(arguments),
-    )
+    hand_over(script.arg("--runtime").arg(current.program()).args(arguments))
 }
 
 fn parity(arguments: &[String]) -> Outcome {
     let (offline, arguments) = split_offline(arguments);
     let python = PARITY.prepare(root(), offline)?;
     build(offline)?;
-    hand_over(
-        Command::new(python.program())
-            .arg(root().join("tests/python/parity.py"))
-            .args(arguments),
-    )
+    hand_over(Command::new(python.program()).arg(root().join("tests/python/parity.py")).args(arguments))
 }
 
 /// The program that the scripts test, unless VITRIM_BIN names another.
@@ -152,11 +166,7 @@ fn build(offline: bool) -> Outcome {
     if std::env::var_os("VITRIM_BIN").is_some() {
         return Ok(());
     }
-    hand_over(
-        Command::new(cargo())
-            .args(["build", "--package", "vitrim"])
-            .args(offline.then_some("--offline")),
-    )
+    hand_over(Command::new(cargo()).args(["build", "--package", "vitrim"]).args(offline.then_some("--offline")))
 }
 
 /// Run in the workspace's root with our own streams, and keep the status.
@@ -184,18 +194,10 @@ fn offline(arguments: &[String]) -> bool {
 
 /// `--offline` is ours: the scripts do not know it (cargo does).
 fn split_offline(arguments: &[String]) -> (bool, Vec<&String>) {
-    (
-        offline(arguments),
-        arguments
-            .iter()
-            .filter(|argument| *argument != "--offline")
-            .collect(),
-    )
+    (offline(arguments), arguments.iter().filter(|argument| *argument != "--offline").collect())
 }
 
 /// The workspace's root, where environments and scripts are.
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("xtask lies in the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
 }

@@ -38,20 +38,17 @@ pub enum Effect {
     },
     /// A softmax over tokens: attention.
     Attend,
-    /// The mean over tokens.
+    /// The mean or the sum over tokens.
     Pool {
         /// Which tokens.
         span: Span,
         /// Axis of the operand.
         axis: usize,
+        /// The mean; else the sum.
+        mean: bool,
     },
-    /// The sum or maximum over tokens; the sum depends on their number.
-    Reduce {
-        /// Which tokens.
-        span: Span,
-        /// Axis of the operand.
-        axis: usize,
-    },
+    /// The largest or smallest entry over tokens.
+    Extreme,
     /// Single tokens are taken by position: `first..first+count` from the front, or counted from the end.
     Pick {
         /// First position, negative from the end.

@@ -143,10 +143,12 @@ impl Context<'_> {
             "Dropout" | "Clip" | "CastLike" => operands[..1].to_vec(),
             _ => operands,
         };
+        if node.is("Where") && self.where_replaces_nan(node) {
+            return Ok(Flow::of(self.operand(node, 2)?.clone()));
+        }
         let flow = self.broadcast(&operands)?;
         // Comparisons and products of weights with anything but one number are no weights any more.
-        let keeps_weights = matches!(node.op.name.as_str(), "Identity" | "Cast" | "CastLike" | "Dropout")
-            || (node.is("Where") && self.where_replaces_nan(node));
+        let keeps_weights = matches!(node.op.name.as_str(), "Identity" | "Cast" | "CastLike" | "Dropout");
         let layouts = flow.layouts.into_iter().map(|layout| {
             layout.map(|layout| {
                 if keeps_weights { layout } else { Layout(layout.0.iter().map(|axis| axis.with_weights(false)).collect()) }
@@ -155,11 +157,12 @@ impl Context<'_> {
         Ok(Flow { layouts: layouts.collect(), effects: flow.effects })
     }
 
-    /// `Where(IsNaN(p), 0, p)`: weights stay weights.
+    /// `Where(IsNaN(p), 0, p)` with a single zero: weights stay weights.
     fn where_replaces_nan(&self, node: &Node) -> bool {
         let Some((condition, _)) = node.input(0).and_then(|value| self.graph.producer(value)) else { return false };
         let condition = self.graph.node(condition);
-        condition.is("IsNaN") && condition.input(0) == node.input(2)
+        let single = |value: ValueId| self.shapes.dims(value).is_some_and(|dims| dims.iter().all(|dim| dim.is(1)));
+        condition.is("IsNaN") && condition.input(0) == node.input(2) && node.input(1).is_some_and(single)
     }
 
     /// Operands aligned at the last axis; axes of extent one stretch.
@@ -687,8 +690,9 @@ impl Context<'_> {
             [axis] if axes.len() == 1 => {
                 let span = layout.0[*axis].only_tokens().ok_or("it reduces tokens together with something else")?;
                 match node.op.name.as_str() {
-                    "ReduceMean" => Ok(flow.with(Effect::Pool { span, axis: *axis })),
-                    "ReduceMax" | "ReduceMin" => Ok(flow.with(Effect::Reduce { span, axis: *axis })),
+                    "ReduceMean" => Ok(flow.with(Effect::Pool { span, axis: *axis, mean: true })),
+                    "ReduceSum" => Ok(flow.with(Effect::Pool { span, axis: *axis, mean: false })),
+                    "ReduceMax" | "ReduceMin" => Ok(flow.with(Effect::Extreme)),
                     _ => Err(format!("{} over tokens depends on their number", node.op)),
                 }
             }
@@ -705,12 +709,8 @@ impl Context<'_> {
             [] => Ok(Flow::of(out)),
             [axis] if layout.rank() == 3 => {
                 let span = layout.0[*axis].only_tokens().ok_or("it pools tokens together with something else")?;
-                let effect = if node.is("GlobalAveragePool") {
-                    Effect::Pool { span, axis: *axis }
-                } else {
-                    Effect::Reduce { span, axis: *axis }
-                };
-                Ok(Flow { layouts: Vec::new(), ..Flow::ends(effect) })
+                let mean = node.is("GlobalAveragePool");
+                Ok(Flow::ends(if mean { Effect::Pool { span, axis: *axis, mean } } else { Effect::Extreme }))
             }
             _ => Err("it pools tokens together with something else".into()),
         }

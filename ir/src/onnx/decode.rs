@@ -328,9 +328,12 @@ impl Decoder<'_> {
                 return Err(DecodeError::Graphs { graph: place.into(), attribute: name });
             }
             _ => {
-                proto.t.iter().map(|tensor| tensor.as_ref()).chain(&proto.tensors).try_for_each(|tensor| {
-                    self.tensor(tensor.clone()).map(drop)
-                })?;
+                proto
+                    .t
+                    .iter()
+                    .map(|tensor| tensor.as_ref())
+                    .chain(&proto.tensors)
+                    .try_for_each(|tensor| self.tensor(tensor.clone()).map(drop))?;
                 let sparse = proto.sparse_tensor.iter().map(|sparse| sparse.as_ref()).chain(&proto.sparse_tensors);
                 sparse.into_iter().try_for_each(|sparse| self.sparse(sparse))?;
                 Attribute::Other(OpaqueAttribute(Box::new(proto)))
@@ -368,9 +371,10 @@ impl Decoder<'_> {
         let offset: u64 = number("offset")?.unwrap_or(0);
         let length = number("length")?.unwrap_or(need);
         let file = (self.files)(location)?;
-        let end = offset.checked_add(length).filter(|&end| end <= file.len() as u64).ok_or_else(|| {
-            format!("'{location}' has {} bytes, too few for {length} from {offset} on", file.len())
-        })?;
+        let end = offset
+            .checked_add(length)
+            .filter(|&end| end <= file.len() as u64)
+            .ok_or_else(|| format!("'{location}' has {} bytes, too few for {length} from {offset} on", file.len()))?;
         if length != need {
             return Err(format!("its shape needs {need} bytes, '{location}' holds {length} for it"));
         }
@@ -463,7 +467,10 @@ fn check_tensor(proto: &TensorProto) -> std::result::Result<Option<u64>, String>
         },
     };
     if have as u64 != need {
-        return Err(format!("the shape {:?} of {dtype} needs {need} bytes or entries, the file holds {have}", proto.dims));
+        return Err(format!(
+            "the shape {:?} of {dtype} needs {need} bytes or entries, the file holds {have}",
+            proto.dims
+        ));
     }
     Ok(bytes)
 }

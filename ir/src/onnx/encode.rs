@@ -30,10 +30,8 @@ pub(crate) fn same_function(a: &Function, b: &Function) -> bool {
 }
 
 fn entries(pairs: &[(String, String)]) -> Vec<StringStringEntryProto> {
-    let entry = |(key, value): &(String, String)| StringStringEntryProto {
-        key: Some(key.clone()),
-        value: Some(value.clone()),
-    };
+    let entry =
+        |(key, value): &(String, String)| StringStringEntryProto { key: Some(key.clone()), value: Some(value.clone()) };
     pairs.iter().map(entry).collect()
 }
 

@@ -7,6 +7,8 @@ mod messages;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod untrusted;
 
 pub use decode::DecodeError;
 pub(crate) use decode::decode_model;

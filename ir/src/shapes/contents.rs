@@ -30,7 +30,12 @@ pub(super) fn small(dims: &[Expr]) -> Option<Vec<usize>> {
 }
 
 /// For each element of a tensor of extents `to`, the element at the index that `map` makes of its index.
-fn permuted(items: &[Option<Number>], from: &[usize], to: &[usize], map: impl Fn(&[usize]) -> Option<Vec<usize>>) -> Option<Items> {
+fn permuted(
+    items: &[Option<Number>],
+    from: &[usize],
+    to: &[usize],
+    map: impl Fn(&[usize]) -> Option<Vec<usize>>,
+) -> Option<Items> {
     let total: usize = to.iter().product();
     let mut index = vec![0usize; to.len()];
     let mut result = Vec::with_capacity(total);
@@ -169,7 +174,8 @@ pub(super) fn items(call: &Call<'_>, slot: usize, dims: Option<&Dims>, dtype: Op
         }
         "ReduceProd" | "ReduceSum" | "ReduceMax" | "ReduceMin" => wants_type(reduce(call, name, &to)?),
         "Max" | "Min" | "Sum" => {
-            let parts = (0..call.inputs.len()).map(|slot| broadcast(call, slot, &to)).collect::<Option<Vec<Items>>>()?;
+            let parts =
+                (0..call.inputs.len()).map(|slot| broadcast(call, slot, &to)).collect::<Option<Vec<Items>>>()?;
             let merge = |a: Option<Number>, b: Option<Number>| match name {
                 "Sum" => a?.add(&b?),
                 _ => a?.extremum(&b?, name == "Max"),
@@ -181,8 +187,9 @@ pub(super) fn items(call: &Call<'_>, slot: usize, dims: Option<&Dims>, dtype: Op
             let items = call.items(0)?.iter().map(|item| unary(name, item.as_ref()?)).collect();
             wants_type(items)
         }
-        "Add" | "Sub" | "Mul" | "Div" | "Mod" | "Pow" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual"
-        | "And" | "Or" | "Xor" => {
+        "Mod" if call.node.int("fmod").unwrap_or(0) != 0 => None,
+        "Add" | "Sub" | "Mul" | "Div" | "Mod" | "Pow" | "Equal" | "Less" | "LessOrEqual" | "Greater"
+        | "GreaterOrEqual" | "And" | "Or" | "Xor" => {
             if call.opset < 7 && call.node.int("broadcast").unwrap_or(0) != 0 {
                 return None;
             }
@@ -202,9 +209,10 @@ fn concat(call: &Call<'_>, to: &[usize]) -> Option<Items> {
     for slot in 0..call.inputs.len() {
         let dims = small(call.dims(slot).ok()?)?;
         let length: usize = dims.get(axis..)?.iter().product();
+        let total = length.checked_mul(outer)?;
         let items = match operand(call, slot) {
-            Some((items, _)) => items.to_vec(),
-            None => vec![None; length.checked_mul(outer)?],
+            Some((items, _)) if items.len() == total => items.to_vec(),
+            _ => vec![None; total],
         };
         parts.push((items, length));
     }
@@ -313,8 +321,8 @@ pub(super) fn uniform(call: &Call<'_>, slot: usize, dtype: Option<DataType>) -> 
     let name = call.node.standard_op()?;
     let of = |slot: usize| call.fact(slot)?.uniform;
     match name {
-        "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Transpose" | "Expand" | "Tile" | "Slice" | "Split"
-        | "Gather" | "GatherElements" | "GatherND" | "DepthToSpace" | "SpaceToDepth" => of(0),
+        "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Transpose" | "Expand" | "Tile" | "Slice"
+        | "Split" | "Gather" | "GatherElements" | "GatherND" | "DepthToSpace" | "SpaceToDepth" => of(0),
         "Dropout" if slot == 0 && call.node.int("training_mode").unwrap_or(0) == 0 && !call.has(2) => of(0),
         "Cast" | "CastLike" => convert(of(0)?, dtype?),
         "ConstantOfShape" => match call.node.attribute("value") {
@@ -355,8 +363,8 @@ pub(super) fn uniform(call: &Call<'_>, slot: usize, dtype: Option<DataType>) -> 
             };
             Some(round(y, dtype?)).filter(|y| !y.is_nan())
         }
-        "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "And"
-        | "Or" | "Xor" => {
+        "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual"
+        | "And" | "Or" | "Xor" => {
             let (a, b) = (of(0)?, of(1)?);
             let truth = |truth: bool| Some(f64::from(truth));
             let dtype = dtype?;
@@ -375,7 +383,10 @@ pub(super) fn uniform(call: &Call<'_>, slot: usize, dtype: Option<DataType>) -> 
                 _ => return truth(holds(name, a.partial_cmp(&b))?),
             };
             // Integers may wrap around or lose digits as floats: only small ones are computed.
-            let sound = dtype.is_float() || y.abs() <= f64::from(i32::MAX) && (y >= 0.0 || dtype == DataType::I64 || dtype == DataType::I32);
+            let signed = matches!(dtype, DataType::I64 | DataType::I32);
+            let narrow = !signed && !matches!(dtype, DataType::U64 | DataType::U32);
+            let limit = if narrow { i8::MAX.into() } else { f64::from(i32::MAX) };
+            let sound = dtype.is_float() || y.abs() <= limit && (y >= 0.0 || signed);
             sound.then(|| round(y, dtype)).filter(|y| !y.is_nan())
         }
         _ => None,
@@ -411,5 +422,5 @@ pub(super) fn settle(fact: &mut Fact) {
     if let Some(x) = fact.uniform {
         items.iter_mut().for_each(|item| *item = item.take().or_else(|| Some(Number::float(x))));
     }
-    fact.items = Some(items).filter(|items| items.iter().any(Option::is_some));
+    fact.items = Some(items).filter(|items| items.is_empty() || items.iter().any(Option::is_some));
 }

@@ -2,7 +2,8 @@
 
 use super::call::{Call, Dims, Known, axis_of, plus, product, times, too_large};
 use super::linear;
-use crate::Expr;
+use super::number::Number;
+use crate::{Attribute, Expr};
 
 /// The shapes of a call's results, in order; `None` for results that the rule says nothing about.
 pub(super) type Results = Vec<Option<Dims>>;
@@ -14,11 +15,15 @@ fn one(dims: Dims) -> Known<Results> {
 /// The shapes of the results of `call`.
 pub(super) fn infer(call: &mut Call<'_>) -> Known<Results> {
     let node = call.node;
-    match (node.op.domain.as_str(), node.op.name.as_str()) {
+    let results = match (node.op.domain.as_str(), node.op.name.as_str()) {
         ("", name) => standard(call, name),
         ("com.microsoft", name) => microsoft(call, name),
         _ => unknown(call),
+    }?;
+    if results.iter().flatten().flatten().any(|extent| extent.as_known().is_some_and(|n| n < 0)) {
+        return call.why("an extent is negative");
     }
+    Ok(results)
 }
 
 fn unknown(call: &mut Call<'_>) -> Known<Results> {
@@ -28,20 +33,85 @@ fn unknown(call: &mut Call<'_>) -> Known<Results> {
 
 fn standard(call: &mut Call<'_>, name: &str) -> Known<Results> {
     match name {
-        "Abs" | "Acos" | "Acosh" | "Asin" | "Asinh" | "Atan" | "Atanh" | "BitCast" | "BitwiseNot" | "Cast" | "CastLike"
-        | "Ceil" | "Celu" | "Clip" | "Cos" | "Cosh" | "CumSum" | "CumProd" | "DequantizeLinear" | "Elu" | "Erf" | "Exp"
-        | "EyeLike" | "Floor" | "Gelu" | "GroupNormalization" | "HardSigmoid" | "HardSwish" | "Hardmax" | "Identity"
-        | "InstanceNormalization" | "IsInf" | "IsNaN" | "LRN" | "LeakyRelu" | "Log" | "LogSoftmax" | "LpNormalization"
-        | "MeanVarianceNormalization" | "Mish" | "Neg" | "Not" | "PRelu" | "QuantizeLinear" | "RMSNormalization"
-        | "RandomNormalLike" | "RandomUniformLike" | "Bernoulli" | "Reciprocal" | "Relu" | "ReverseSequence" | "Round"
-        | "RotaryEmbedding" | "Scatter" | "ScatterElements" | "ScatterND" | "Selu" | "Shrink" | "Sigmoid" | "Sign" | "Sin"
-        | "Sinh" | "Softmax" | "Softplus" | "Softsign" | "Sqrt" | "Swish" | "Tan" | "Tanh" | "TensorScatter"
-        | "ThresholdedRelu" | "Trilu" | "ImageScaler" | "ParametricSoftplus" | "ScaledTanh" | "Affine" => {
-            same_as(call, 0)
-        }
+        "Abs"
+        | "Acos"
+        | "Acosh"
+        | "Asin"
+        | "Asinh"
+        | "Atan"
+        | "Atanh"
+        | "BitCast"
+        | "BitwiseNot"
+        | "Cast"
+        | "CastLike"
+        | "Ceil"
+        | "Celu"
+        | "Clip"
+        | "Cos"
+        | "Cosh"
+        | "CumSum"
+        | "CumProd"
+        | "DequantizeLinear"
+        | "Elu"
+        | "Erf"
+        | "Exp"
+        | "EyeLike"
+        | "Floor"
+        | "Gelu"
+        | "GroupNormalization"
+        | "HardSigmoid"
+        | "HardSwish"
+        | "Hardmax"
+        | "Identity"
+        | "InstanceNormalization"
+        | "IsInf"
+        | "IsNaN"
+        | "LRN"
+        | "LeakyRelu"
+        | "Log"
+        | "LogSoftmax"
+        | "LpNormalization"
+        | "MeanVarianceNormalization"
+        | "Mish"
+        | "Neg"
+        | "Not"
+        | "PRelu"
+        | "QuantizeLinear"
+        | "RMSNormalization"
+        | "RandomNormalLike"
+        | "RandomUniformLike"
+        | "Bernoulli"
+        | "Reciprocal"
+        | "Relu"
+        | "ReverseSequence"
+        | "Round"
+        | "RotaryEmbedding"
+        | "Scatter"
+        | "ScatterElements"
+        | "ScatterND"
+        | "Selu"
+        | "Shrink"
+        | "Sigmoid"
+        | "Sign"
+        | "Sin"
+        | "Sinh"
+        | "Softmax"
+        | "Softplus"
+        | "Softsign"
+        | "Sqrt"
+        | "Swish"
+        | "Tan"
+        | "Tanh"
+        | "TensorScatter"
+        | "ThresholdedRelu"
+        | "Trilu"
+        | "ImageScaler"
+        | "ParametricSoftplus"
+        | "ScaledTanh"
+        | "Affine" => same_as(call, 0),
         "Add" | "And" | "BitShift" | "BitwiseAnd" | "BitwiseOr" | "BitwiseXor" | "Div" | "Equal" | "Greater"
-        | "GreaterOrEqual" | "Less" | "LessOrEqual" | "Max" | "Mean" | "Min" | "Mod" | "Mul" | "Or" | "Pow"
-        | "Sub" | "Sum" | "Where" | "Xor" => elementwise(call),
+        | "GreaterOrEqual" | "Less" | "LessOrEqual" | "Max" | "Mean" | "Min" | "Mod" | "Mul" | "Or" | "Pow" | "Sub"
+        | "Sum" | "Where" | "Xor" => elementwise(call),
         "Dropout" => {
             let dims = call.dims(0)?.to_vec();
             Ok(vec![Some(dims.clone()), Some(dims)])
@@ -150,9 +220,21 @@ fn standard(call: &mut Call<'_>, name: &str) -> Known<Results> {
 
 fn microsoft(call: &mut Call<'_>, name: &str) -> Known<Results> {
     match name {
-        "BiasDropout" | "BiasGelu" | "BiasSoftmax" | "DequantizeLinear" | "FastGelu" | "Gelu" | "GemmaRotaryEmbedding"
-        | "GroupNorm" | "QLinearLeakyRelu" | "QLinearSigmoid" | "QLinearSoftmax" | "QuantizeLinear" | "QuickGelu"
-        | "RotaryEmbedding" | "Trilu" => same_as(call, 0),
+        "BiasDropout"
+        | "BiasGelu"
+        | "BiasSoftmax"
+        | "DequantizeLinear"
+        | "FastGelu"
+        | "Gelu"
+        | "GemmaRotaryEmbedding"
+        | "GroupNorm"
+        | "QLinearLeakyRelu"
+        | "QLinearSigmoid"
+        | "QLinearSoftmax"
+        | "QuantizeLinear"
+        | "QuickGelu"
+        | "RotaryEmbedding"
+        | "Trilu" => same_as(call, 0),
         "SimplifiedLayerNormalization" | "LayerNormalization" => layer_normalization(call, &[1, 2]),
         "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => {
             let mut results = layer_normalization(call, &[1, 2])?;
@@ -437,24 +519,23 @@ pub(super) fn cuts(call: &Call<'_>, rank: usize) -> Known<Vec<Cut>> {
 impl Cut {
     /// First index, one past the last, and the step, on an axis of known extent.
     pub(super) fn indices(&self, extent: i64) -> Option<(i64, i64, i64)> {
+        let last = extent.checked_sub(1).filter(|&last| last >= -1)?;
         let (start, end, step) = (self.start.as_ref()?.as_known()?, self.end.as_ref()?.as_known()?, self.step?);
         let wrap = |at: i64| if at < 0 { at.saturating_add(extent) } else { at };
         match step {
             0 => None,
             1.. => Some((wrap(start).clamp(0, extent), wrap(end).clamp(0, extent), step)),
-            _ => Some((wrap(start).clamp(-1, extent.checked_sub(1)?), wrap(end).clamp(-1, extent.checked_sub(1)?), step)),
+            _ => Some((wrap(start).clamp(-1, last), wrap(end).clamp(-1, last), step)),
         }
     }
 
     /// The extent that remains.
     fn extent(&self, extent: &Expr) -> Option<Expr> {
-        if let Some(n) = extent.as_known() {
-            if let Some((start, end, step)) = self.indices(n) {
-                let (distance, stride) = (end.checked_sub(start)?, step.checked_abs()?);
-                let distance = if step > 0 { distance } else { distance.checked_neg()? };
-                let whole = distance.max(0).checked_add(stride - 1)? / stride;
-                return Some(Expr::known(whole));
-            }
+        if let Some((start, end, step)) = extent.as_known().and_then(|n| self.indices(n)) {
+            let (distance, stride) = (end.checked_sub(start)?, step.checked_abs()?);
+            let distance = if step > 0 { distance } else { distance.checked_neg()? };
+            let whole = distance.max(0).checked_add(stride - 1)? / stride;
+            return Some(Expr::known(whole));
         }
         let (start, end, step) = (self.start.as_ref()?, self.end.as_ref()?, self.step?);
         let stride = Expr::known(step.checked_abs().filter(|&stride| stride > 0)?);
@@ -481,7 +562,7 @@ impl Cut {
             None if at.times(&Expr::known(-1))?.extent_at_least().is_some_and(|least| least > 0) => {
                 extent.plus(at)?.larger_extent(&Expr::known(0))
             }
-            // An index whose sign is open, such as `h - 3`: taken for one from the front if it is within the axis.
+            // The sign is open, as of `h - 3`.
             None => None,
         }
     }
@@ -566,9 +647,9 @@ fn pad(call: &mut Call<'_>) -> Known<Results> {
     }
     let (before, after) = pads.split_at(axes.len());
     let mut padded: Vec<Option<Expr>> = dims.iter().cloned().map(Some).collect();
-    for (at, &axis) in axes.iter().enumerate() {
-        let sum = |extent: &Expr| extent.plus(before[at].as_ref()?)?.plus(after[at].as_ref()?);
-        padded[axis] = sum(&dims[axis]);
+    for ((&axis, before), after) in axes.iter().zip(before).zip(after) {
+        let sum = before.as_ref().zip(after.as_ref()).and_then(|(before, after)| before.plus(after));
+        padded[axis] = sum.and_then(|sum| dims[axis].plus(&sum));
     }
     one(fill(call, padded)?)
 }
@@ -632,7 +713,9 @@ fn reduce(call: &mut Call<'_>) -> Known<Results> {
     match reduction(call) {
         Ok((axes, keep)) => one(reduced(dims, &axes, keep)),
         // Axes computed at run time: the rank is known where the axes stay.
-        Err(_) if call.node.int("keepdims").unwrap_or(1) != 0 => one(call.fresh_dims(0, dims.len())?),
+        Err(_) if call.has(1) && call.known_ints(1).is_none() && call.node.int("keepdims").unwrap_or(1) != 0 => {
+            one(call.fresh_dims(0, dims.len())?)
+        }
         Err(why) => Err(why),
     }
 }
@@ -643,10 +726,11 @@ fn layer_normalization(call: &mut Call<'_>, statistics: &[usize]) -> Known<Resul
     let axis = call.axis("axis", -1, dims.len())?;
     let axes: Vec<usize> = (axis..dims.len()).collect();
     let small = reduced(dims, &axes, true);
-    if let (Ok([.., weight]), Some(last)) = (call.dims(1), dims.last()) {
-        if axes.len() == 1 && !weight.is(1) && call.node.op.domain.is_empty() {
-            call.same(last, weight);
-        }
+    // The gain spans the normalised axes.
+    if let (Ok([weight]), [last], true) = (call.dims(1), &dims[axis..], call.node.op.domain.is_empty())
+        && !weight.is(1)
+    {
+        call.same(last, weight);
     }
     let mut results = vec![Some(dims.to_vec())];
     results.extend(statistics.iter().map(|_| Some(small.clone())));
@@ -688,10 +772,9 @@ fn resize(call: &mut Call<'_>) -> Known<Results> {
         return one(fill(call, result)?);
     }
     let slot = if call.opset < 11 { 1 } else { 2 };
-    let attribute = call.node.attribute("scales").map(|_| ());
     for (at, &axis) in axes.iter().enumerate() {
-        let scale = match (attribute, call.node.attribute("scales")) {
-            (Some(()), Some(crate::Attribute::Floats(scales))) => scales.get(at).map(|&x| super::number::Number::float(x.into())),
+        let scale = match call.node.attribute("scales") {
+            Some(Attribute::Floats(scales)) => scales.get(at).map(|&x| Number::float(x.into())),
             _ => call.items(slot).and_then(|items| items.get(at)?.clone()),
         };
         result[axis] = scale.and_then(|scale| scaled(&dims[axis], &scale));
@@ -700,11 +783,11 @@ fn resize(call: &mut Call<'_>) -> Known<Results> {
 }
 
 /// The whole part of an extent times a scale, as runtimes compute it.
-fn scaled(extent: &Expr, scale: &super::number::Number) -> Option<Expr> {
+fn scaled(extent: &Expr, scale: &Number) -> Option<Expr> {
     if let (Some(n), Some(scale)) = (extent.as_known(), scale.as_f64()) {
         let scaled = (n as f32 * scale as f32).floor();
         return (0.0..1e15).contains(&scaled).then(|| Expr::known(scaled as i64));
     }
-    let product = super::number::Number::from(extent.clone()).mul(scale)?.floor()?;
+    let product = Number::from(extent.clone()).mul(scale)?.floor()?;
     product.whole().cloned()
 }

@@ -22,8 +22,8 @@ pub(super) fn infer(call: &Call<'_>, slot: usize) -> Option<DataType> {
         ("" | "com.microsoft", name) => match (name, slot) {
             ("Shape" | "Size" | "ArgMax" | "ArgMin" | "NonZero", _) | ("TopK" | "MaxPool", 1) => Some(DataType::I64),
             (
-                "Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" | "And" | "Or" | "Xor" | "Not" | "IsNaN"
-                | "IsInf",
+                "Equal" | "Greater" | "GreaterOrEqual" | "Less" | "LessOrEqual" | "And" | "Or" | "Xor" | "Not"
+                | "IsNaN" | "IsInf",
                 _,
             )
             | ("Dropout", 1) => Some(DataType::Bool),
@@ -41,16 +41,20 @@ pub(super) fn infer(call: &Call<'_>, slot: usize) -> Option<DataType> {
                 attribute(call, "dtype").or_else(own)
             }
             ("OneHot", _) => call.dtype(2),
-            ("QuantizeLinear", _) => {
-                zero_point(call, 2, attribute(call, "output_dtype").or(Some(DataType::U8)))
-            }
+            ("QuantizeLinear", _) => zero_point(call, 2, attribute(call, "output_dtype").or(Some(DataType::U8))),
             ("DequantizeLinear", _) => attribute(call, "output_dtype").or_else(|| call.dtype(1)),
             ("DynamicQuantizeLinear", 0 | 2) => Some(DataType::U8),
             ("DynamicQuantizeLinear", _) => Some(DataType::F32),
             ("MatMulInteger" | "ConvInteger" | "MatMulInteger16", _) => Some(DataType::I32),
             ("MatMulIntegerToFloat", _) => call.dtype(2),
             ("QLinearMatMul" | "QLinearConv" | "QLinearAdd" | "QLinearMul", _) => call.dtype(7).or_else(own),
-            ("QGemm", _) => if call.has(8) { call.dtype(8) } else { Some(DataType::F32) },
+            ("QGemm", _) => {
+                if call.has(8) {
+                    call.dtype(8)
+                } else {
+                    Some(DataType::F32)
+                }
+            }
             ("QAttention", _) => call.dtype(3),
             ("LayerNormalization" | "SkipLayerNormalization" | "SimplifiedLayerNormalization", 1 | 2)
             | ("SkipSimplifiedLayerNormalization", 1 | 2) => Some(DataType::F32),

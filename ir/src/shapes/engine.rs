@@ -7,7 +7,9 @@ use super::call::{Call, Why, axis_of};
 use super::number::Number;
 use super::{Fact, MAX_ITEMS, contents, dims, dtypes};
 use crate::dim::Equations;
-use crate::{Attribute, DataType, Def, DimSpec, Expr, Function, Graph, Model, Node, OpType, Tensor, TensorType, ValueId};
+use crate::{
+    Attribute, DataType, Def, DimSpec, Expr, Function, Graph, Model, Node, OpType, Tensor, TensorType, ValueId,
+};
 
 /// Rounds of inference: each puts in the equations that the one before has found.
 const MAX_ROUNDS: usize = 4;
@@ -43,8 +45,7 @@ pub(super) fn infer(model: &Model) -> Vec<Fact> {
     let functions = model.functions().iter().map(|function| (&function.key, function)).collect();
     let mut taken = HashSet::new();
     declared_symbols(graph, &mut taken);
-    let mut round =
-        Round { functions: &functions, equations: Equations::default(), taken: &taken, budget: MAX_NODES };
+    let mut round = Round { functions: &functions, equations: Equations::default(), taken: &taken, budget: MAX_NODES };
     let place = Place { opset: model.opsets().standard(), prefix: "", depth: 0, outer: &[] };
     let mut facts = Vec::new();
     for _ in 0..MAX_ROUNDS {
@@ -73,7 +74,11 @@ fn resolve(fact: &mut Fact, equations: &Equations) {
         return;
     }
     for extent in fact.dims.iter_mut().flatten() {
-        *extent = equations.resolve(extent);
+        // Contradictory files can make it negative.
+        let resolved = equations.resolve(extent);
+        if resolved.as_known().is_none_or(|n| n >= 0) {
+            *extent = resolved;
+        }
     }
     for item in fact.items.iter_mut().flatten().flatten() {
         *item = item.map(|expr| equations.resolve(expr));
@@ -112,6 +117,19 @@ fn uniform(tensor: &Tensor) -> Option<f64> {
     tensor.uniform()
 }
 
+/// The symbol of an extent that nothing names.
+fn fresh(taken: &HashSet<String>, name: &str, axis: usize, prefix: &str) -> Expr {
+    let mut symbol = format!("{prefix}{name}.{axis}");
+    while taken.contains(&symbol) {
+        symbol.push('\'');
+    }
+    Expr::opaque(&symbol)
+}
+
+fn result_name<'g>(graph: &'g Graph, node: &Node, slot: usize) -> &'g str {
+    node.output(slot).map_or("", |value| graph.value(value).name())
+}
+
 impl Round<'_> {
     fn graph(&mut self, graph: &Graph, place: Place<'_>, given: &dyn Fn(ValueId) -> Option<Fact>) -> Vec<Fact> {
         let mut facts = vec![Fact::default(); graph.values.len()];
@@ -120,7 +138,9 @@ impl Round<'_> {
                 Def::Initializer(tensor) => Some(constant(tensor)),
                 Def::Input => Some(self.declared(value.name(), value.ty(), place.prefix)),
                 Def::Captured(outer) => place.outer.get(outer.slot()).cloned(),
-                Def::SparseInitializer => Some(Fact { reason: Some("it is a sparse constant".into()), ..Fact::default() }),
+                Def::SparseInitializer => {
+                    Some(Fact { reason: Some("it is a sparse constant".into()), ..Fact::default() })
+                }
                 Def::Undefined | Def::Node(..) => None,
             });
             facts[id.slot()] = fact.unwrap_or_default();
@@ -135,8 +155,8 @@ impl Round<'_> {
             for (result, mut fact) in node.outputs.iter().zip(results) {
                 let Some(result) = *result else { continue };
                 let value = graph.value(result);
-                resolve(&mut fact, &self.equations);
                 self.fall_back(&mut fact, value.name(), value.ty(), place.prefix);
+                resolve(&mut fact, &self.equations);
                 contents::settle(&mut fact);
                 if let Some(slot) = facts.get_mut(result.slot()) {
                     *slot = fact;
@@ -144,15 +164,6 @@ impl Round<'_> {
             }
         }
         facts
-    }
-
-    /// The symbol of an extent that nothing names.
-    fn fresh(&self, name: &str, axis: usize, prefix: &str) -> Expr {
-        let mut symbol = format!("{prefix}{name}.{axis}");
-        while self.taken.contains(&symbol) {
-            symbol.push('\'');
-        }
-        Expr::opaque(&symbol)
     }
 
     /// What a declaration says.
@@ -168,7 +179,7 @@ impl Round<'_> {
                 let extent = |(axis, dim): (usize, &DimSpec)| match dim {
                     DimSpec::Known(n) => Expr::known(*n),
                     DimSpec::Named(name) => Expr::symbol(name),
-                    DimSpec::Unknown => self.fresh(name, axis, prefix),
+                    DimSpec::Unknown => fresh(self.taken, name, axis, prefix),
                 };
                 fact.dims = Some(dims.iter().enumerate().map(extent).collect());
             }
@@ -185,12 +196,12 @@ impl Round<'_> {
         let Some(declared) = declared else { return };
         match &mut fact.dims {
             None => {
-                fact.dims = Some(declared.iter().map(|extent| self.equations.resolve(extent)).collect());
+                fact.dims = Some(declared);
             }
             Some(dims) if dims.len() == declared.len() => {
                 for (axis, (extent, declared)) in dims.iter_mut().zip(declared).enumerate() {
-                    if *extent == self.fresh(name, axis, prefix) {
-                        *extent = self.equations.resolve(&declared);
+                    if *extent == fresh(self.taken, name, axis, prefix) {
+                        *extent = declared;
                     }
                 }
             }
@@ -207,7 +218,7 @@ impl Round<'_> {
         } else if node.is("Constant") {
             vec![constant_node(node)]
         } else if node.is("If") {
-            self.branches(node, &inputs, facts, place)
+            self.branches(graph, node, &inputs, facts, place)
         } else if let Some(results) = sequence(node, &inputs) {
             results
         } else {
@@ -222,23 +233,18 @@ impl Round<'_> {
         for fact in &mut results {
             fact.data = if called { fact.data } else { data && !shape_only };
         }
-        let nothing = || Fact { data, reason: Some(format!("{}: no rule for this result", node.op).into()), ..Fact::default() };
+        let nothing =
+            || Fact { data, reason: Some(format!("{}: no rule for this result", node.op).into()), ..Fact::default() };
         results.resize_with(node.outputs.len().max(results.len()), nothing);
         results
     }
 
     /// Applies the rules of an operator.
     fn operator(&mut self, graph: &Graph, node: &Node, inputs: Vec<Option<&Fact>>, place: Place<'_>) -> Vec<Fact> {
-        let name_of = |slot: usize| node.output(slot).map_or("", |value| graph.value(value).name());
         let taken = self.taken;
-        let names = |slot: usize, axis: usize| {
-            let mut symbol = format!("{}{}.{axis}", place.prefix, name_of(slot));
-            while taken.contains(&symbol) {
-                symbol.push('\'');
-            }
-            Expr::opaque(&symbol)
-        };
-        let mut call = Call { node, inputs, opset: place.opset, equations: &mut self.equations, ruled: true, names: &names };
+        let names = |slot: usize, axis: usize| fresh(taken, result_name(graph, node, slot), axis, place.prefix);
+        let mut call =
+            Call { node, inputs, opset: place.opset, equations: &mut self.equations, ruled: true, names: &names };
         let shapes = dims::infer(&mut call);
         let count = node.outputs.len();
         (0..count)
@@ -289,7 +295,14 @@ impl Round<'_> {
     }
 
     /// Infers the branches of an `If` and keeps what they agree on.
-    fn branches(&mut self, node: &Node, inputs: &[Option<&Fact>], facts: &[Fact], place: Place<'_>) -> Vec<Fact> {
+    fn branches(
+        &mut self,
+        graph: &Graph,
+        node: &Node,
+        inputs: &[Option<&Fact>],
+        facts: &[Fact],
+        place: Place<'_>,
+    ) -> Vec<Fact> {
         let (Some(Attribute::Graph(yes)), Some(Attribute::Graph(no))) =
             (node.attribute("then_branch"), node.attribute("else_branch"))
         else {
@@ -301,29 +314,44 @@ impl Round<'_> {
         let condition = inputs.first().copied().flatten().and_then(|fact| fact.uniform);
         // What one branch demands of extents holds only where it is taken.
         let before = self.equations.clone();
-        let mut results = [yes, no].map(|graph| {
+        let mut results = [yes, no].map(|branch| {
             let prefix = format!("{}if:{}/", place.prefix, node.results().next().map_or(0, ValueId::slot));
             let inner = Place { prefix: &prefix, depth: place.depth + 1, outer: facts, ..place };
-            let facts = self.graph(graph, inner, &|_| None);
+            let facts = self.graph(branch, inner, &|_| None);
             if condition.is_none() {
                 self.equations = before.clone();
             }
             let result = |value: &ValueId| facts.get(value.slot()).cloned().unwrap_or_default();
-            graph.outputs().iter().map(result).collect::<Vec<Fact>>()
+            branch.outputs().iter().map(result).collect::<Vec<Fact>>()
         });
         let [yes, no] = &mut results;
         match condition {
             Some(0.0) => std::mem::take(no),
             Some(_) => std::mem::take(yes),
-            None => yes.iter().zip(no.iter()).map(|(yes, no)| agreed(yes, no)).collect(),
+            None => {
+                let taken = self.taken;
+                let agree = |(slot, (yes, no))| {
+                    agreed(yes, no, |axis| fresh(taken, result_name(graph, node, slot), axis, place.prefix))
+                };
+                yes.iter().zip(no.iter()).enumerate().map(agree).collect()
+            }
         }
     }
 }
 
-/// What holds of a value that is one or the other.
-fn agreed(a: &Fact, b: &Fact) -> Fact {
-    let why = || Why::from("the branches of an If differ in shape");
-    let dims = a.dims.clone().filter(|dims| b.dims.as_ref() == Some(dims));
+/// What holds of a value that is one or the other; extents that differ get a symbol of their own.
+fn agreed(a: &Fact, b: &Fact, fresh: impl Fn(usize) -> Expr) -> Fact {
+    let dims = match (&a.dims, &b.dims) {
+        (Some(left), Some(right)) if left.len() == right.len() => {
+            let extent = |(axis, (left, right)): (usize, (&Expr, &Expr))| match left == right {
+                true => left.clone(),
+                false => fresh(axis),
+            };
+            Some(left.iter().zip(right).enumerate().map(extent).collect())
+        }
+        _ => None,
+    };
+    let why = || Why::from("the branches of an If differ in rank");
     Fact {
         reason: dims.is_none().then(|| a.reason.clone().or_else(|| b.reason.clone()).unwrap_or_else(why)),
         dims,
@@ -366,7 +394,8 @@ fn constant_node(node: &Node) -> Fact {
     };
     let ints = |list: &[i64]| list.iter().map(|&n| Some(Number::known(n))).collect();
     let floats = |list: &[f32]| list.iter().map(|&x| Some(Number::float(x.into()))).collect();
-    let unknown = || Fact { reason: Some("Constant: the constant is of a kind that is not read".into()), ..Fact::default() };
+    let unknown =
+        || Fact { reason: Some("Constant: the constant is of a kind that is not read".into()), ..Fact::default() };
     match node.attributes.first().map(|(name, value)| (name.as_str(), value)) {
         Some(("value", Attribute::Tensor(tensor))) => constant(tensor),
         Some(("value_int", Attribute::Int(n))) => list(1, DataType::I64, ints(&[*n]), true),

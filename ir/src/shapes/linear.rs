@@ -269,7 +269,8 @@ pub(super) fn conv_transpose(call: &mut Call<'_>) -> Known<Dims> {
         let padding = if windows.auto_pad == "VALID" { 0 } else { windows.padding(at)? };
         grown.plus(&Expr::known(extra[at].checked_sub(padding)?))
     };
-    let space: Dims = space.iter().enumerate().map(|part| extent(part).unwrap_or_else(|| call.fresh(0, part.0 + 2))).collect();
+    let space: Dims =
+        space.iter().enumerate().map(|part| extent(part).unwrap_or_else(|| call.fresh(0, part.0 + 2))).collect();
     Ok([n.clone(), out].into_iter().chain(space).collect())
 }
 
@@ -341,9 +342,8 @@ pub(super) fn packed_attention(call: &mut Call<'_>, weight: usize, past: usize) 
         true => call.dims_of_rank::<5>(past).and_then(|dims| plus(&dims[3], s)),
         false => Ok(s.clone()),
     };
-    let present = total.and_then(|total| {
-        Ok(vec![Expr::known(2), b.clone(), heads.clone(), total, divide(&value_width, &heads)?])
-    });
+    let present = total
+        .and_then(|total| Ok(vec![Expr::known(2), b.clone(), heads.clone(), total, divide(&value_width, &heads)?]));
     results.push(present.ok());
     Ok(results)
 }
@@ -374,5 +374,10 @@ pub(super) fn multi_head_attention(call: &mut Call<'_>) -> Known<Results> {
     };
     let present = |width: &Expr| Some(vec![b.clone(), heads.clone(), total.clone(), divide(width, &heads).ok()?]);
     let y = vec![b.clone(), s.clone(), value_width.clone()];
-    Ok(vec![Some(y), present(&width), present(&value_width), Some(vec![b.clone(), heads.clone(), s.clone(), total.clone()])])
+    Ok(vec![
+        Some(y),
+        present(&width),
+        present(&value_width),
+        Some(vec![b.clone(), heads.clone(), s.clone(), total.clone()]),
+    ])
 }

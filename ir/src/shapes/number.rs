@@ -182,13 +182,10 @@ impl Number {
         }
     }
 
-    /// `self` modulo `other`, both whole and not negative.
+    /// `self` modulo `other`, whole numbers; the result has the sign of `other`.
     pub(super) fn modulo(&self, other: &Self) -> Option<Self> {
         let (a, b) = (self.whole()?, other.whole()?);
-        if let (Some(a), Some(b)) = (a.as_known(), b.as_known()) {
-            return (a >= 0 && b > 0).then(|| Self::known(a % b));
-        }
-        if a.at_least()? < 0 || b.at_least()? <= 0 {
+        if b.at_least()? <= 0 {
             return None;
         }
         Some(a.minus(&b.times(&a.quotient(b)?)?)?.into())

@@ -41,4 +41,3 @@ impl OpDef for TokenAssign {
         body.finish(self.name(), &[], &[("assign", assign)], "The slot of every token after a regrouping.")
     }
 }
-

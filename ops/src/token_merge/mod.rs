@@ -140,8 +140,9 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let leaving_at = body.op("Add", "leaving_at", &[double, first_a]);
     let double = body.op("Mul", "staying_doubled", &[staying, two]);
     let staying_at = body.op("Add", "staying_at", &[double, first_a]);
-    let first = body.slice(order, zero, one, 1, 1, "first_of_order");
-    let per_image = body.op("Sub", "zero_per_image", &[first, first]);
+    // A zero per image, also where there are no candidates: the largest of one number is the first.
+    let first = body.slice(size, zero, one, 1, 1, "first_size");
+    let per_image = body.op_with("ArgMax", "zero_per_image", &[first], &keep);
     let all = body.iota(tokens, "positions");
     let fixed = |body: &mut Body, start: ValueId, end: ValueId, step: i64, name: &str| {
         let row = body.slice(all, start, end, 0, step, &format!("{name}_row"));
@@ -167,7 +168,8 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let joined = body.op("MatMul", "size_joined", &[joins, size_leaving]);
     let size_out = body.op("Add", "size_sum", &[size_anchor, joined]);
     let share_anchor = body.op("Div", "share_of_anchor", &[size_anchor, size_out]);
-    let size_row = body.op_with("Transpose", "leaving_size_row", &[size_leaving], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
+    let size_row =
+        body.op_with("Transpose", "leaving_size_row", &[size_leaving], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
     let weighted = body.op("Mul", "joins_weighted", &[joins, size_row]);
     let shares = body.op("Div", "shares", &[weighted, size_out]);
 

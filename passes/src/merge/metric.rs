@@ -26,7 +26,7 @@ impl Rewriter<'_> {
             Metric::Value => (core.value(graph), "value"),
             _ => (core.key(graph), "key"),
         };
-        let refusal = self.pinned(core.softmax, &format!("is an attention whose {name} cannot be read"));
+        let refusal = self.pinned(core.softmax, &format!("it is an attention whose {name} cannot be read"));
         let unknown = || refusal.clone();
         let operand = operand.ok_or_else(unknown)?;
         let roles = self.roles(operand).ok_or_else(unknown)?;
@@ -49,7 +49,11 @@ impl Rewriter<'_> {
                     _ => {
                         let batch = self.vit.batch().as_known().ok_or_else(unknown)?;
                         let channels = if roles[1] == Tokens { known(2)? } else { known(1)? };
-                        if roles[1] == Tokens { vec![batch, heads, -1, channels] } else { vec![batch, heads, channels, -1] }
+                        if roles[1] == Tokens {
+                            vec![batch, heads, -1, channels]
+                        } else {
+                            vec![batch, heads, channels, -1]
+                        }
                     }
                 };
                 let target = self.patch.constant(&format!("{hint}/{name}_shape"), Tensor::shape(&target));
@@ -63,10 +67,13 @@ impl Rewriter<'_> {
         let mean = self.reduce_mean(value, heads_at, &format!("{hint}/{name}_mean"));
         let left: Vec<Role> = roles.iter().copied().filter(|&role| role != Heads).collect();
         let wanted = [Batch, Tokens, Channels];
-        let perm: Option<Vec<i64>> = wanted.iter().map(|role| left.iter().position(|other| other == role).map(|at| at as i64)).collect();
+        let perm: Option<Vec<i64>> =
+            wanted.iter().map(|role| left.iter().position(|other| other == role).map(|at| at as i64)).collect();
         match perm.ok_or_else(unknown)? {
             perm if perm == [0, 1, 2] => Ok(mean),
-            perm => Ok(self.patch.op("Transpose", &format!("{hint}/{name}"), &[mean], &[("perm", Attribute::Ints(perm))])),
+            perm => {
+                Ok(self.patch.op("Transpose", &format!("{hint}/{name}"), &[mean], &[("perm", Attribute::Ints(perm))]))
+            }
         }
     }
 
@@ -113,7 +120,9 @@ impl Rewriter<'_> {
             let node = self.graph.node(id);
             let Some(operand) = node.input(0) else { break };
             match node.standard_op() {
-                Some("Identity" | "Cast") if self.vit.shapes.dtype(operand) == self.vit.shapes.dtype(value) => value = operand,
+                Some("Identity" | "Cast") if self.vit.shapes.dtype(operand) == self.vit.shapes.dtype(value) => {
+                    value = operand
+                }
                 Some("Mul" | "Div") => {
                     let (data, factor) = match node.input(1) {
                         Some(factor) if self.vit.axes.carries(operand) => (operand, factor),
@@ -121,8 +130,10 @@ impl Rewriter<'_> {
                         _ => break,
                     };
                     let one = self.vit.shapes.dims(factor).is_some_and(|dims| dims.iter().all(|dim| dim.is(1)));
-                    let positive = self.vit.shapes.uniform(factor).map_or(!self.vit.shapes.is_data(factor), |x| x > 0.0);
-                    if !(one && positive) || self.vit.axes.layout(data).map(|layout| layout.rank()) != Some(roles.len()) {
+                    let positive =
+                        self.vit.shapes.uniform(factor).map_or(!self.vit.shapes.is_data(factor), |x| x > 0.0);
+                    if !(one && positive) || self.vit.axes.layout(data).map(|layout| layout.rank()) != Some(roles.len())
+                    {
                         break;
                     }
                     value = data;
@@ -139,11 +150,18 @@ impl Rewriter<'_> {
                     let dims = |value: ValueId| self.vit.shapes.dims(value);
                     let (Some(from), Some(to)) = (dims(operand), dims(value)) else { break };
                     let joins = |four: &[Expr], three: &[Expr]| {
-                        four.len() == 4 && three.len() == 3 && four[0].times(&four[1]).as_ref() == Some(&three[0]) && four[2..] == three[1..]
+                        four.len() == 4
+                            && three.len() == 3
+                            && four[0].times(&four[1]).as_ref() == Some(&three[0])
+                            && four[2..] == three[1..]
                     };
                     match roles[..] {
-                        [Batch, Heads, a, b] if joins(to, from) => (value, roles) = (operand, vec![BatchAndHeads, a, b]),
-                        [BatchAndHeads, a, b] if joins(from, to) => (value, roles) = (operand, vec![Batch, Heads, a, b]),
+                        [Batch, Heads, a, b] if joins(to, from) => {
+                            (value, roles) = (operand, vec![BatchAndHeads, a, b])
+                        }
+                        [BatchAndHeads, a, b] if joins(from, to) => {
+                            (value, roles) = (operand, vec![Batch, Heads, a, b])
+                        }
                         _ => break,
                     }
                 }

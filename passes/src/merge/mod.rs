@@ -113,16 +113,23 @@ impl Merge {
                 let steps = self.schedule.steps(depth, tokens as usize, protect + suffix, self.align)?;
                 let unaligned = steps.iter().filter(|step| step.unaligned).count();
                 if unaligned > 0 {
-                    notes.push(format!("{unaligned} block(s) cannot reach a multiple of {} tokens and keep their r", self.align));
+                    notes.push(format!(
+                        "{unaligned} block(s) cannot reach a multiple of {} tokens and keep their r",
+                        self.align
+                    ));
                 }
                 (steps.iter().map(|step| step.removed).collect(), steps)
             }
             None => {
                 if self.align > 1 {
-                    return Err(Refusal::Request("alignment needs a token count that is fixed; this model's is not".into()));
+                    return Err(Refusal::Request(
+                        "alignment needs a token count that is fixed; this model's is not".into(),
+                    ));
                 }
                 let requested = self.schedule.requested(depth).ok_or_else(|| {
-                    Refusal::Request("this model's token count is known only at run time: give r, not a ratio or kept counts".into())
+                    Refusal::Request(
+                        "this model's token count is known only at run time: give r, not a ratio or kept counts".into(),
+                    )
                 })?;
                 (requested, Vec::new())
             }
@@ -197,7 +204,14 @@ struct Rewriter<'a> {
 
 impl Rewriter<'_> {
     /// A call of one of our operators.
-    fn vitrim(&mut self, op: &dyn OpDef, hint: &str, inputs: &[ValueId], attributes: &[(&str, i64)], results: usize) -> Vec<ValueId> {
+    fn vitrim(
+        &mut self,
+        op: &dyn OpDef,
+        hint: &str,
+        inputs: &[ValueId],
+        attributes: &[(&str, i64)],
+        results: usize,
+    ) -> Vec<ValueId> {
         self.patch.function(op.function(self.model.opsets().standard()));
         let attributes: Vec<(&str, vitrim_ir::Attribute)> =
             attributes.iter().map(|&(name, value)| (name, vitrim_ir::Attribute::Int(value))).collect();
@@ -220,11 +234,13 @@ impl Rewriter<'_> {
         let cut = self.vit.blocks[block].cut;
         let streams: Vec<ValueId> = graph.node(cut).results().filter(|&value| self.vit.axes.carries(value)).collect();
         let [x] = streams[..] else {
-            return Err(self.pinned(cut, "gives the sum and its norm at once; splitting it is not supported yet"));
+            return Err(self.pinned(cut, "it gives the sum and its norm at once; splitting it is not supported yet"));
         };
         let layout = self.vit.axes.layout(x).and_then(|layout| layout.token_axis());
-        let Some((axis @ (0 | 1), _)) = layout.filter(|_| self.vit.axes.layout(x).is_some_and(|layout| layout.rank() == 3)) else {
-            return Err(self.pinned(cut, "gives a residual stream that is not [batch, tokens, channels]"));
+        let Some((axis @ (0 | 1), _)) =
+            layout.filter(|_| self.vit.axes.layout(x).is_some_and(|layout| layout.rank() == 3))
+        else {
+            return Err(self.pinned(cut, "it gives a residual stream that is not [batch, tokens, channels]"));
         };
         let hint = format!("vitrim/block{block}");
         let stage = self.stages.of_block(block);
@@ -235,8 +251,11 @@ impl Rewriter<'_> {
             let ends = tokens.and_then(|tokens| tokens.minus(&Expr::known(removed))).and_then(|left| left.as_known());
             let ends = ends.ok_or_else(|| Refusal::Request("the slicing floor needs a fixed token count".into()))?;
             let bounds = [("starts", 0), ("ends", ends), ("axes", 1)];
-            let bounds = bounds.map(|(name, value)| self.patch.constant(&format!("{hint}/{name}"), vitrim_ir::Tensor::shape(&[value])));
-            let y = self.patch.op("Slice", &format!("{hint}/kept"), &[batch_first, bounds[0], bounds[1], bounds[2]], &[]);
+            let bounds = bounds.map(|(name, value)| {
+                self.patch.constant(&format!("{hint}/{name}"), vitrim_ir::Tensor::shape(&[value]))
+            });
+            let y =
+                self.patch.op("Slice", &format!("{hint}/kept"), &[batch_first, bounds[0], bounds[1], bounds[2]], &[]);
             Stage { x: Some(y), ..Stage::default() }
         } else {
             let metric = match self.options.metric {
@@ -252,8 +271,13 @@ impl Rewriter<'_> {
             let name = format!("{hint}/merge");
             let results = match tokens.and_then(|tokens| tokens.as_known()) {
                 Some(tokens) => {
-                    let attributes =
-                        [("r", removed), ("tokens", tokens), ("protect", protect), ("suffix", suffix), ("dtype", dtype)];
+                    let attributes = [
+                        ("r", removed),
+                        ("tokens", tokens),
+                        ("protect", protect),
+                        ("suffix", suffix),
+                        ("dtype", dtype),
+                    ];
                     self.vitrim(&TokenMerge, &name, &[batch_first, metric, size], &attributes, 5)
                 }
                 None => {
@@ -262,7 +286,12 @@ impl Rewriter<'_> {
                     self.vitrim(&TokenMergeDynamic, &name, &[batch_first, metric, size, r], &attributes, 5)
                 }
             };
-            Stage { x: Some(results[0]), size: Some(results[1]), grouping: Some([results[2], results[3], results[4]]), ..Stage::default() }
+            Stage {
+                x: Some(results[0]),
+                size: Some(results[1]),
+                grouping: Some([results[2], results[3], results[4]]),
+                ..Stage::default()
+            }
         };
         let y = merged.x.expect("just set");
         self.stages.enter(stage + 1, merged);
@@ -279,7 +308,8 @@ impl Rewriter<'_> {
 
     /// As [`Rewriter::replacement`], but the residual stream as it is before its merge.
     fn current(&self, value: ValueId) -> ValueId {
-        let merged = self.graph.producer(value).is_some_and(|(node, _)| self.vit.blocks.iter().any(|block| block.cut == node));
+        let merged =
+            self.graph.producer(value).is_some_and(|(node, _)| self.vit.blocks.iter().any(|block| block.cut == node));
         if merged { value } else { self.replacement(value) }
     }
 
@@ -332,4 +362,3 @@ impl Rewriter<'_> {
         self.vit.axes.effects().to_vec()
     }
 }
-

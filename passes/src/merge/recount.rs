@@ -9,7 +9,9 @@ impl Rewriter<'_> {
     pub(super) fn recount(&mut self) -> Result<(), Refusal> {
         for (id, effect) in self.effects() {
             let node = self.graph.node(id);
-            let Some(stage) = node.results().find_map(|value| self.stages.of(value)).filter(|&stage| stage > 0) else { continue };
+            let Some(stage) = node.results().find_map(|value| self.stages.of(value)).filter(|&stage| stage > 0) else {
+                continue;
+            };
             match effect {
                 Effect::Shape { slot } => self.restate_shape(id, slot, stage)?,
                 Effect::SliceEnd { slot } => self.restate_end(id, slot)?,
@@ -59,28 +61,37 @@ impl Rewriter<'_> {
             if target.contains(&0) && node.int("allowzero").unwrap_or(0) != 0 {
                 self.patch.set_attribute(id, "allowzero", Attribute::Int(0));
             }
-            if self.graph.constant(node.input(slot).unwrap_or(operand)).and_then(|old| old.to_i64s()).as_ref() != Some(&target) {
+            if self.graph.constant(node.input(slot).unwrap_or(operand)).and_then(|old| old.to_i64s()).as_ref()
+                != Some(&target)
+            {
                 let target = self.patch.constant(&format!("{hint}/shape"), Tensor::shape(&target));
                 self.patch.rewire(id, slot, target);
             }
             return Ok(());
         }
-        // Several extents are known only at run time: read them off the operand.
+        // Several extents are known only at run time: read them off the operand; what is no axis of it is what is left.
         let shape = self.patch.op("Shape", &format!("{hint}/operand_shape"), &[operand], &[]);
         let mut parts = Vec::new();
+        let mut inferred = false;
         for (at, axis) in to.0.iter().enumerate() {
-            let part = match extents[at] {
-                Some(extent) => self.patch.constant(&format!("{hint}/extent{at}"), Tensor::shape(&[extent])),
-                None => {
-                    let same = from.0.iter().position(|other| other == axis);
-                    let Some(same) = same else {
-                        return Err(self.pinned(id, "has a shape whose extents cannot be found at run time"));
-                    };
+            let same = from.0.iter().position(|other| other == axis);
+            parts.push(match (extents[at], same) {
+                (Some(extent), _) => self.patch.constant(&format!("{hint}/extent{at}"), Tensor::shape(&[extent])),
+                (None, Some(same)) => {
                     let index = self.patch.constant(&format!("{hint}/axis{at}"), Tensor::shape(&[same as i64]));
-                    self.patch.op("Gather", &format!("{hint}/extent{at}"), &[shape, index], &[("axis", Attribute::Int(0))])
+                    self.patch.op(
+                        "Gather",
+                        &format!("{hint}/extent{at}"),
+                        &[shape, index],
+                        &[("axis", Attribute::Int(0))],
+                    )
                 }
-            };
-            parts.push(part);
+                (None, None) if !inferred && node.is("Reshape") => {
+                    inferred = true;
+                    self.patch.constant(&format!("{hint}/rest"), Tensor::shape(&[-1]))
+                }
+                _ => return Err(self.pinned(id, "it has a shape whose extents cannot be found at run time")),
+            });
         }
         let target = self.patch.op("Concat", &format!("{hint}/shape"), &parts, &[("axis", Attribute::Int(0))]);
         self.patch.rewire(id, slot, target);
@@ -93,13 +104,20 @@ impl Rewriter<'_> {
         let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { return Ok(()) };
         let axes = node.input(3).and_then(|axes| self.graph.constant(axes)).and_then(|axes| axes.to_i64s());
         let single = axes.as_ref().map_or_else(
-            || self.vit.shapes.dims(node.input(slot).unwrap_or(operand)).is_some_and(|dims| dims.first().is_some_and(|dim| dim.is(1))),
+            || {
+                self.vit
+                    .shapes
+                    .dims(node.input(slot).unwrap_or(operand))
+                    .is_some_and(|dims| dims.first().is_some_and(|dim| dim.is(1)))
+            },
             |axes| axes.len() == 1,
         );
         if !single || node.ints("ends").is_some() {
-            return Err(self.pinned(id, "slices several axes at once up to a fixed token"));
+            return Err(self.pinned(id, "it slices several axes at once up to a fixed token"));
         }
-        let span = |value: ValueId| self.vit.axes.layout(value).and_then(|layout| layout.token_axis()).map(|(_, span)| span.back);
+        let span = |value: ValueId| {
+            self.vit.axes.layout(value).and_then(|layout| layout.token_axis()).map(|(_, span)| span.back)
+        };
         let cut = span(result).unwrap_or(0) - span(operand).unwrap_or(0);
         let end = if cut == 0 { i64::MAX } else { -(cut as i64) };
         let hint = format!("vitrim/{}/end", self.graph.value(result).name());
@@ -113,10 +131,12 @@ impl Rewriter<'_> {
         let node = self.graph.node(id);
         let Some(table) = node.input(slot) else { return };
         let Some(number) = self.vit.shapes.uniform(table) else { return };
-        let neutral = (node.is("Add") || (node.is("Sub") && slot == 1)) && number == 0.0 || (node.is("Mul") && number == 1.0);
+        let neutral =
+            (node.is("Add") || (node.is("Sub") && slot == 1)) && number == 0.0 || (node.is("Mul") && number == 1.0);
         let other = node.operands().find(|&value| value != table);
         if let (true, Some(other), Some(result)) = (neutral, other, node.output(0)) {
-            let same_rank = self.vit.axes.layout(other).map(|layout| layout.rank()) == self.vit.axes.layout(result).map(|layout| layout.rank());
+            let same_rank = self.vit.axes.layout(other).map(|layout| layout.rank())
+                == self.vit.axes.layout(result).map(|layout| layout.rank());
             if same_rank {
                 self.bypass(result, other);
                 return;
@@ -146,4 +166,3 @@ impl Rewriter<'_> {
         }
     }
 }
-

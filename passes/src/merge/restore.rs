@@ -38,7 +38,9 @@ impl Rewriter<'_> {
     /// `source` has the layout of `value`, whose tokens it restores.
     fn restored_as(&mut self, value: ValueId, source: ValueId, stage: usize) -> Result<ValueId, Refusal> {
         if self.options.reduction == Reduction::Slice {
-            return Err(Refusal::Request("the slicing floor has no way back to all tokens, which this model needs".into()));
+            return Err(Refusal::Request(
+                "the slicing floor has no way back to all tokens, which this model needs".into(),
+            ));
         }
         let name = self.graph.value(value).name().to_owned();
         let refuse = |what: &str| Refusal::Pinned { node: format!("the tensor '{name}'"), reason: what.into() };
@@ -46,8 +48,9 @@ impl Rewriter<'_> {
         let token_axes = layout.token_axes();
         let batch = self.vit.batch();
         let batch_at = (0..layout.rank()).find(|&at| layout.0[at].plain_extent().as_ref() == Some(&batch));
-        let (Some(batch_at), true) = (batch_at, token_axes.iter().all(|&at| layout.0[at].only_tokens().is_some())) else {
-            return Err(refuse("has to be restored, but its tokens share an axis with something else"));
+        let (Some(batch_at), true) = (batch_at, token_axes.iter().all(|&at| layout.0[at].only_tokens().is_some()))
+        else {
+            return Err(refuse("it has to be restored, but its tokens share an axis with something else"));
         };
         let hint = format!("vitrim/{name}");
         match token_axes[..] {
@@ -57,10 +60,22 @@ impl Rewriter<'_> {
                 Ok(self.restore_rows(source, owner, layout.rank(), batch_at, axis, &hint))
             }
             // Attention maps: a token's row is its slot's; a column's weight is shared among the slot's tokens.
-            [rows, columns] if layout.rank() == 4 && batch_at == 0 && layout.0[rows].only_tokens() == Some(Span::ALL) => {
+            [rows, columns]
+                if layout.rank() == 4 && batch_at == 0 && layout.0[rows].only_tokens() == Some(Span::ALL) =>
+            {
                 let owner = self.owner_of(stage, Span::ALL, &hint)?;
-                let size = self.stages.size(stage).ok_or_else(|| refuse("has no sizes"))?;
-                let target = (0..4).map(|at| if at == 0 { 0 } else if at == columns { -1 } else { 1 }).collect::<Vec<i64>>();
+                let size = self.stages.size(stage).ok_or_else(|| refuse("it has no sizes"))?;
+                let target = (0..4)
+                    .map(|at| {
+                        if at == 0 {
+                            0
+                        } else if at == columns {
+                            -1
+                        } else {
+                            1
+                        }
+                    })
+                    .collect::<Vec<i64>>();
                 let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&target));
                 let share = self.patch.op("Reshape", &format!("{hint}/size"), &[size, target], &[]);
                 let dtype = self.dtype(value);
@@ -69,19 +84,32 @@ impl Rewriter<'_> {
                 let by_rows = self.restore_rows(shared, owner, 4, 0, rows, &format!("{hint}/rows"));
                 Ok(self.restore_rows(by_rows, owner, 4, 0, columns, &format!("{hint}/columns")))
             }
-            _ => Err(refuse("has to be restored, but has tokens on several axes")),
+            _ => Err(refuse("it has to be restored, but has tokens on several axes")),
         }
     }
 
     /// Restores along one axis.
-    fn restore_rows(&mut self, source: ValueId, owner: ValueId, rank: usize, batch: usize, axis: usize, hint: &str) -> ValueId {
+    fn restore_rows(
+        &mut self,
+        source: ValueId,
+        owner: ValueId,
+        rank: usize,
+        batch: usize,
+        axis: usize,
+        hint: &str,
+    ) -> ValueId {
         let rest = (0..rank).filter(|&at| at != batch && at != axis);
         let perm: Vec<i64> = [batch, axis].into_iter().chain(rest).map(|at| at as i64).collect();
         let straight = perm.iter().enumerate().all(|(at, &from)| at as i64 == from);
         let there = if straight {
             source
         } else {
-            self.patch.op("Transpose", &format!("{hint}/tokens_second"), &[source], &[("perm", Attribute::Ints(perm.clone()))])
+            self.patch.op(
+                "Transpose",
+                &format!("{hint}/tokens_second"),
+                &[source],
+                &[("perm", Attribute::Ints(perm.clone()))],
+            )
         };
         let restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
         if straight {
@@ -107,7 +135,8 @@ impl Rewriter<'_> {
         let end = if span.back == 0 { i64::MAX } else { -(span.back as i64) };
         let bounds = [span.front as i64, end, 1];
         let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}/owner_range"), Tensor::shape(&[bound])));
-        let part = self.patch.op("Slice", &format!("{hint}/owner_part"), &[owner, bounds[0], bounds[1], bounds[2]], &[]);
+        let part =
+            self.patch.op("Slice", &format!("{hint}/owner_part"), &[owner, bounds[0], bounds[1], bounds[2]], &[]);
         let front = self.patch.constant(&format!("{hint}/owner_front"), Tensor::shape(&[span.front as i64]));
         Ok(self.patch.op("Sub", &format!("{hint}/owner_of_part"), &[part, front], &[]))
     }

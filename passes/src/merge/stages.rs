@@ -104,16 +104,15 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
     let mut restored: HashSet<ValueId> = HashSet::new();
     stages.of_value.insert(vit.axes.origin(), 0);
     for (id, node) in graph.nodes() {
-        let read: HashSet<usize> = (node.operands())
-            .filter_map(|value| after_cut.get(&value).copied().or_else(|| stages.of(value)))
-            .collect();
+        let read: HashSet<usize> =
+            (node.operands()).filter_map(|value| after_cut.get(&value).copied().or_else(|| stages.of(value))).collect();
         let meets_restored = node.operands().any(|value| restored.contains(&value));
         if read.is_empty() && !meets_restored {
             continue;
         }
         if pinned.contains(&id) || read.len() > 1 || meets_restored {
             if softmaxes.contains(&id) {
-                return Err(rewriter.pinned(id, "is an attention over tokens of which some were merged and some not"));
+                return Err(rewriter.pinned(id, "it is an attention over tokens of which some were merged and some not"));
             }
             if read.iter().any(|&stage| stage > 0) {
                 stages.restore_at.push(id);

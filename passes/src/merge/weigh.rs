@@ -1,7 +1,7 @@
 //! Sizes at work: proportional attention and weighted means.
 //!
 //! Proportional attention (arXiv 2210.09461, equation 1) adds log(size) of the keys to the scaled scores of every
-//! softmax over merged tokens, pooling heads included. A mean over merged tokens weighs each by its size.
+//! softmax over merged tokens, pooling heads included. A mean or sum over merged tokens weighs each by its size.
 
 use vitrim_ir::{Attribute, DataType, Effect, NodeId, Span, Tensor, ValueId};
 
@@ -22,7 +22,10 @@ impl Rewriter<'_> {
             }
             match effect {
                 Effect::Attend if self.options.proportional => self.attend(id, stage)?,
-                Effect::Pool { span, axis } if !self.options.plain_pooling => self.pool(id, stage, span, axis)?,
+                // A sum over tokens counts each as often as it stands for others, or it would not be one.
+                Effect::Pool { span, axis, mean } if !(mean && self.options.plain_pooling) => {
+                    self.pool(id, stage, span, axis, mean)?;
+                }
                 _ => {}
             }
         }
@@ -31,7 +34,11 @@ impl Rewriter<'_> {
 
     /// The stage in which readers see a value.
     pub(super) fn stage_read(&self, value: ValueId) -> Option<usize> {
-        let cut = self.vit.blocks.iter().position(|block| self.graph.producer(value).is_some_and(|(node, _)| node == block.cut));
+        let cut = self
+            .vit
+            .blocks
+            .iter()
+            .position(|block| self.graph.producer(value).is_some_and(|(node, _)| node == block.cut));
         let stage = self.stages.of(value)?;
         Some(if cut.is_some_and(|block| self.removed[block] > 0) { stage + 1 } else { stage })
     }
@@ -43,7 +50,7 @@ impl Rewriter<'_> {
         let (graph, vit) = (self.graph, self.vit);
         let node = graph.node(id);
         let Some(scores) = node.input(0) else { return Ok(()) };
-        let refusal = self.pinned(id, "is an attention whose batch axis cannot be told from its heads");
+        let refusal = self.pinned(id, "it is an attention whose batch axis cannot be told from its heads");
         let unknown = || refusal.clone();
         let weights = node.output(0).and_then(|value| vit.axes.layout(value)).ok_or_else(unknown)?;
         let keys = (0..weights.rank()).rev().find(|&at| weights.0[at].is_weights()).ok_or_else(unknown)?;
@@ -53,9 +60,23 @@ impl Rewriter<'_> {
         let rank = weights.rank();
         let hint = format!("vitrim/{}", graph.value(scores).name());
         let log_size = self.log_size(stage);
-        let row = |at: usize, rank: usize| (0..rank).map(|axis| if axis == 0 { 0 } else if axis == at { -1 } else { 1 }).collect::<Vec<i64>>();
+        let row = |at: usize, rank: usize| {
+            (0..rank)
+                .map(|axis| {
+                    if axis == 0 {
+                        0
+                    } else if axis == at {
+                        -1
+                    } else {
+                        1
+                    }
+                })
+                .collect::<Vec<i64>>()
+        };
 
-        let outer = vitrim_ir::Expr::product((0..rank).filter(|&at| !weights.0[at].has_tokens()).filter_map(extent).collect::<Vec<_>>().iter());
+        let outer = vitrim_ir::Expr::product(
+            (0..rank).filter(|&at| !weights.0[at].has_tokens()).filter_map(extent).collect::<Vec<_>>().iter(),
+        );
         let heads = outer.and_then(|outer| outer.div_exact(&batch)?.as_known()).ok_or_else(unknown)?;
         let bias = if first == batch && rank >= 3 && !(rank == 3 && heads > 1) {
             let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&row(keys, rank)));
@@ -88,11 +109,13 @@ impl Rewriter<'_> {
         let rank = self.vit.axes.layout(values).map(|layout| layout.rank());
         let channels = self.vit.shapes.dims(values).and_then(|dims| dims.last()?.as_known());
         let (Some(4), Some(channels)) = (rank, channels) else {
-            return Err(self.pinned(id, "is a fused attention whose heads share an axis with the channels"));
+            return Err(self.pinned(id, "it is a fused attention whose heads share an axis with the channels"));
         };
-        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "has no sizes"))?;
+        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let hint = format!("vitrim/{}", self.graph.value(result).name());
-        let ints = |rewriter: &mut Self, name: &str, values: &[i64]| rewriter.patch.constant(&format!("{hint}/{name}"), Tensor::shape(values));
+        let ints = |rewriter: &mut Self, name: &str, values: &[i64]| {
+            rewriter.patch.constant(&format!("{hint}/{name}"), Tensor::shape(values))
+        };
         let axis = ints(self, "head_axis", &[1]);
         let size = self.patch.op("Unsqueeze", &format!("{hint}/size"), &[size, axis], &[]);
         let dtype = self.dtype(values);
@@ -126,21 +149,27 @@ impl Rewriter<'_> {
         log_size
     }
 
-    fn pool(&mut self, id: NodeId, stage: usize, span: Span, axis: usize) -> Result<(), Refusal> {
+    fn pool(&mut self, id: NodeId, stage: usize, span: Span, axis: usize, mean: bool) -> Result<(), Refusal> {
         let node = self.graph.node(id);
         let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { return Ok(()) };
         let rank = self.vit.axes.layout(operand).map_or(0, |layout| layout.rank());
         if rank != 3 || axis == 0 {
-            return Err(self.pinned(id, "is a mean over tokens in a layout that is not supported"));
+            return Err(self.pinned(id, "it is a mean over tokens in a layout that is not supported"));
         }
-        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "has no sizes"))?;
+        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let hint = format!("vitrim/{}", self.graph.value(result).name());
         let mut weights = size;
         if span != Span::ALL {
             let end = if span.back == 0 { i64::MAX } else { -(span.back as i64) };
             let bounds = [span.front as i64, end, 1];
-            let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}/pooled_range"), Tensor::shape(&[bound])));
-            weights = self.patch.op("Slice", &format!("{hint}/pooled_size"), &[weights, bounds[0], bounds[1], bounds[2]], &[]);
+            let bounds =
+                bounds.map(|bound| self.patch.constant(&format!("{hint}/pooled_range"), Tensor::shape(&[bound])));
+            weights = self.patch.op(
+                "Slice",
+                &format!("{hint}/pooled_size"),
+                &[weights, bounds[0], bounds[1], bounds[2]],
+                &[],
+            );
         }
         if axis == 2 {
             let perm = [("perm", Attribute::Ints(vec![0, 2, 1]))];
@@ -155,12 +184,16 @@ impl Rewriter<'_> {
         let tokens = self.cast(operand, dtype, DataType::F32, &format!("{hint}/tokens_f32"));
         let weighted = self.patch.op("Mul", &format!("{hint}/weighted"), &[tokens, weights], &[]);
         let sum = self.patch.op("ReduceSum", &format!("{hint}/weighted_sum"), &[weighted, axes], &[keep.clone()]);
-        let total = self.patch.op("ReduceSum", &format!("{hint}/total_size"), &[weights, axes], &[keep]);
-        let mean = self.patch.op("Div", &format!("{hint}/weighted_mean"), &[sum, total], &[]);
-        let mean = self.cast(mean, DataType::F32, dtype, &format!("{hint}/mean_as_tokens"));
-        self.patch.rewire_uses(self.graph, result, mean, |_| true);
+        let pooled = if mean {
+            let total = self.patch.op("ReduceSum", &format!("{hint}/total_size"), &[weights, axes], &[keep]);
+            self.patch.op("Div", &format!("{hint}/weighted_mean"), &[sum, total], &[])
+        } else {
+            sum
+        };
+        let pooled = self.cast(pooled, DataType::F32, dtype, &format!("{hint}/pooled_as_tokens"));
+        self.patch.rewire_uses(self.graph, result, pooled, |_| true);
         for slot in self.graph.output_slots(result).collect::<Vec<_>>() {
-            self.patch.replace_output(slot, mean);
+            self.patch.replace_output(slot, pooled);
         }
         Ok(())
     }

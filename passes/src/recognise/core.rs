@@ -52,8 +52,26 @@ impl Core {
 
 /// Nodes that may stand between a product and its softmax, or between a softmax and its product.
 const BETWEEN: &[&str] = &[
-    "Add", "Sub", "Mul", "Div", "Cast", "CastLike", "Where", "IsNaN", "Identity", "Dropout", "Reshape", "Squeeze", "Unsqueeze",
-    "Clip", "QuantizeLinear", "DequantizeLinear", "Max", "Min", "Transpose", "Expand",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Cast",
+    "CastLike",
+    "Where",
+    "IsNaN",
+    "Identity",
+    "Dropout",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Clip",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Max",
+    "Min",
+    "Transpose",
+    "Expand",
 ];
 /// How many of them are followed.
 const MAX_BETWEEN: usize = 8;
@@ -72,7 +90,12 @@ fn is_fused_attention(graph: &Graph, id: NodeId) -> bool {
         "" => op.name == "Attention",
         "com.microsoft" => matches!(
             op.name.as_str(),
-            "Attention" | "MultiHeadAttention" | "QAttention" | "QOrderedAttention" | "GroupQueryAttention" | "PackedAttention"
+            "Attention"
+                | "MultiHeadAttention"
+                | "QAttention"
+                | "QOrderedAttention"
+                | "GroupQueryAttention"
+                | "PackedAttention"
         ),
         _ => false,
     }

@@ -187,7 +187,8 @@ fn find_image_cores(graph: &Graph, shapes: &Shapes) -> Result<Vec<Core>, Refusal
         .filter(|core| flow.inputs_of(core.softmax).iter().any(|&input| is_image(graph, shapes, input)))
         .collect();
     if images.is_empty() {
-        let message = "no attention reads an image (a 4-dimensional input of numbers): is it a model for text or audio?";
+        let message =
+            "no attention reads an image (a 4-dimensional input of numbers): is it a model for text or audio?";
         return Err(Refusal::NotAVit(message.into()));
     }
     Ok(images)
@@ -226,12 +227,8 @@ impl Recogniser<'_> {
         let mut restore_before = Vec::new();
         let after_core: HashSet<NodeId> = flow_after(graph, self.shapes, &blocks);
         for (node, reason) in axes.pins() {
-            let pin = Pin {
-                node,
-                name: graph.describe(node),
-                op: graph.node(node).op.to_string(),
-                reason: reason.into(),
-            };
+            let pin =
+                Pin { node, name: graph.describe(node), op: graph.node(node).op.to_string(), reason: reason.into() };
             let reached = Flow::towards(graph, self.shapes, &[node]).reached_from(node);
             let inside = cores.iter().any(|core| reached.contains(&core.softmax) && !is_pool(core, &axes, graph));
             if inside || !after_core.contains(&node) {
@@ -266,7 +263,7 @@ impl Recogniser<'_> {
         let cut = flow.gates().into_iter().find(|gate| reached.contains(gate) && *gate != core.mix);
         cut.filter(|cut| next != Some(*cut)).ok_or_else(|| Refusal::Pinned {
             node: graph.describe(core.softmax),
-            reason: "is an attention after which the model has no single stream of tokens to regroup".into(),
+            reason: "it is an attention after which the model has no single stream of tokens to regroup".into(),
         })
     }
 
@@ -275,7 +272,11 @@ impl Recogniser<'_> {
         let graph = self.graph;
         let not = |reason: String| Refusal::NotAVit(reason);
         let dims = self.shapes.dims(origin).ok_or_else(|| {
-            not(format!("the shape of '{}' is not known: {}", graph.value(origin).name(), self.shapes.reason(origin).unwrap_or("no rule")))
+            not(format!(
+                "the shape of '{}' is not known: {}",
+                graph.value(origin).name(),
+                self.shapes.reason(origin).unwrap_or("no rule")
+            ))
         })?;
         let rank = dims.len();
         let mut failure = None;
@@ -286,7 +287,7 @@ impl Recogniser<'_> {
             if is_block(&cores[0], &axes, graph) {
                 if rank != 3 || axis == 2 {
                     let node = graph.producer(origin).map_or(String::new(), |(node, _)| graph.describe(node));
-                    let reason = format!("gives a residual stream of {rank} dimensions, not [batch, tokens, channels]");
+                    let reason = format!("it gives a residual stream of {rank} dimensions, not [batch, tokens, channels]");
                     return Err(Refusal::Pinned { node, reason });
                 }
                 return Ok((axes, StreamAxes { batch: 1 - axis, tokens: axis, channels: 2 }));
@@ -296,7 +297,11 @@ impl Recogniser<'_> {
         }
         Err(match failure {
             Some((node, reason)) => Refusal::Pinned { node, reason },
-            None => not(format!("{} does not attend over an axis of '{}'", graph.describe(cores[0].softmax), graph.value(origin).name())),
+            None => not(format!(
+                "{} does not attend over an axis of '{}'",
+                graph.describe(cores[0].softmax),
+                graph.value(origin).name()
+            )),
         })
     }
 
@@ -307,7 +312,7 @@ impl Recogniser<'_> {
             let cut = self.cut_after(core, encoder.get(at + 1).map(|next| next.softmax))?;
             let heads = self.heads_of(core, axes).ok_or_else(|| Refusal::Pinned {
                 node: self.graph.describe(core.softmax),
-                reason: "is an attention whose number of heads is not known".into(),
+                reason: "it is an attention whose number of heads is not known".into(),
             })?;
             blocks.push(Block { core: (*core).clone(), heads, cut });
         }
@@ -316,14 +321,26 @@ impl Recogniser<'_> {
 
     fn heads_of(&self, core: &Core, axes: &Axes) -> Option<usize> {
         let node = self.graph.node(core.softmax);
-        let (value, attribute) = if core.is_fused() { (core.query(self.graph)?, node.int("q_num_heads")) } else { (node.output(0)?, None) };
+        let (value, attribute) =
+            if core.is_fused() { (core.query(self.graph)?, node.int("q_num_heads")) } else { (node.output(0)?, None) };
         if let Some(heads) = attribute {
             return usize::try_from(heads).ok();
         }
         let layout = axes.layout(value)?;
         let outer = layout.0.len().checked_sub(2)?;
-        let product = Expr::product(layout.0[..outer].iter().map(|axis| axis.plain_extent()).collect::<Option<Vec<_>>>()?.iter())?;
-        let batch = self.shapes.dims(axes.origin())?.iter().enumerate().find(|(at, _)| Some(*at) != axes.layout(axes.origin()).and_then(|layout| layout.token_axis()).map(|(axis, _)| axis))?.1.clone();
+        let product = Expr::product(
+            layout.0[..outer].iter().map(|axis| axis.plain_extent()).collect::<Option<Vec<_>>>()?.iter(),
+        )?;
+        let batch = self
+            .shapes
+            .dims(axes.origin())?
+            .iter()
+            .enumerate()
+            .find(|(at, _)| {
+                Some(*at) != axes.layout(axes.origin()).and_then(|layout| layout.token_axis()).map(|(axis, _)| axis)
+            })?
+            .1
+            .clone();
         usize::try_from(product.div_exact(&batch)?.as_known()?).ok()
     }
 
@@ -334,8 +351,10 @@ impl Recogniser<'_> {
         for (node, effect) in axes.effects() {
             let head = match effect {
                 Effect::Pick { first, count } if after.contains(node) => Head::Pick { first: *first, count: *count },
-                Effect::Pool { span: Span { front, back }, .. } if after.contains(node) => Head::Mean { front: *front, back: *back },
-                Effect::Reduce { .. } if after.contains(node) => Head::Extreme,
+                Effect::Pool { span: Span { front, back }, .. } if after.contains(node) => {
+                    Head::Mean { front: *front, back: *back }
+                }
+                Effect::Extreme if after.contains(node) => Head::Extreme,
                 Effect::Attend if !softmaxes.contains(node) => Head::AttentionPool,
                 _ => continue,
             };

@@ -46,8 +46,12 @@ pub(super) fn find(graph: &Graph, shapes: &Shapes, origin: ValueId, axis: usize)
                     let extent = |operand: ValueId| shapes.dims(operand).and_then(|dims| dims.get(axis)?.as_known());
                     let operands: Vec<ValueId> = node.operands().collect();
                     let Some(patches) = operands.iter().position(|operand| shapes.is_data(*operand)) else { break };
-                    let count = |operands: &[ValueId]| operands.iter().map(|&operand| extent(operand)).sum::<Option<i64>>();
-                    let (Some(front), Some(back)) = (count(&operands[..patches]), count(&operands[patches + 1..])) else { break };
+                    let count =
+                        |operands: &[ValueId]| operands.iter().map(|&operand| extent(operand)).sum::<Option<i64>>();
+                    let (Some(front), Some(back)) = (count(&operands[..patches]), count(&operands[patches + 1..]))
+                    else {
+                        break;
+                    };
                     joined.front += front as usize;
                     joined.back += back as usize;
                     Some(operands[patches])

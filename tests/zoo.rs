@@ -1,0 +1,179 @@
+//! Every model of the zoo: what is recognised, what is refused, and what merging must not change.
+
+mod common;
+
+use common::{
+    Entry, Scratch, conclude, constant, fixtures, images, integers, load, merge, ort, relative, tract, try_run, zoo,
+};
+use serde_json::{Value as Json, json};
+use vitrim::inspect::Inspection;
+use vitrim::runtime::{Feeds, Outputs};
+use vitrim::tensor::compare::Comparison;
+use vitrim_passes::merge::SOURCE_OUTPUT;
+use vitrim_passes::recipe::MergeSpec;
+
+/// With nothing merged the graph computes the same function, in float32 up to what another fusion of the same
+/// operators costs.
+const SAME_TOLERANCE: f64 = 1e-5;
+
+/// Where activations have 11 bits or fewer, another fusion rounds in other places.
+const COARSE_TOLERANCE: f64 = 5e-3;
+
+/// Tokens to merge in every block: few enough for the smallest models of the zoo (17 tokens, 4 blocks) to do so.
+const R: usize = 4;
+
+/// What is wrong with `candidate`, which must compute what `reference` is.
+fn difference(entry: &Entry, coarse: bool, reference: &Outputs, candidate: &Outputs) -> Option<String> {
+    let tolerance = if coarse { COARSE_TOLERANCE } else { SAME_TOLERANCE };
+    reference.iter().find_map(|(name, tensor)| {
+        let other = candidate.get(name)?;
+        let apart = relative(tensor, other);
+        let top1 = Comparison::of(tensor, other).ok().and_then(|comparison| comparison.top1);
+        let agrees = top1.is_none_or(|top1| top1.hits == top1.of);
+        let wrong = apart > tolerance || !agrees;
+        wrong.then(|| format!("{}: {name} is {apart:e} off, the same classes: {agrees}", entry.name))
+    })
+}
+
+#[test]
+fn merging_nothing_changes_nothing() {
+    let scratch = Scratch::new("nothing");
+    let backend = ort();
+    let (mut count, mut failures) = (0, Vec::new());
+    for entry in zoo() {
+        let model = entry.read();
+        for trace_source in [false, true] {
+            let Ok((merged, _)) = merge(&model, MergeSpec { trace_source, ..constant(0) }) else { continue };
+            let path = scratch.save_as(&entry.name, &merged, &entry.model);
+            let mut original = load(backend.as_ref(), &entry.model);
+            let mut candidate = match vitrim::runtime::load(backend.as_ref(), &path) {
+                Ok(session) => session,
+                Err(error) => {
+                    failures.push(format!("{error:#}"));
+                    continue;
+                }
+            };
+            let coarse = entry.is_coarse(&model);
+            for feeds in entry.feeds(original.as_ref()) {
+                count += 1;
+                let reference = original.run(&feeds).unwrap_or_else(|error| panic!("{}: {error:#}", entry.name));
+                match candidate.run(&feeds) {
+                    Ok(outputs) => {
+                        failures.extend(difference(&entry, coarse, &reference, &outputs));
+                        let identity = outputs.get(SOURCE_OUTPUT).map(integers).is_none_or(|source| {
+                            source
+                                .outer_iter()
+                                .all(|row| row.iter().enumerate().all(|(token, &slot)| slot == token as i64))
+                        });
+                        if outputs.get(SOURCE_OUTPUT).is_some() != trace_source || !identity {
+                            failures.push(format!("{}: tokens do not stay where they are", entry.name));
+                        }
+                    }
+                    Err(error) => failures.push(format!("{}, trace {trace_source}: {error:#}", entry.name)),
+                }
+            }
+        }
+    }
+    conclude("r = 0", count, &failures);
+}
+
+/// Shapes by name, and whether all numbers are finite.
+fn shapes(outputs: &Outputs) -> Vec<(String, Vec<usize>, bool)> {
+    let finite = |tensor: &vitrim::tensor::Tensor| tensor.to_f64().iter().all(|x| x.is_finite());
+    outputs.iter().map(|(name, tensor)| (name.to_owned(), tensor.shape().to_vec(), finite(tensor))).collect()
+}
+
+#[test]
+fn merged_models_run_and_keep_the_shapes_of_outputs() {
+    let scratch = Scratch::new("shapes");
+    let (mut count, mut in_tract, mut failures) = (0, 0, Vec::new());
+    for entry in zoo() {
+        let model = entry.read();
+        let Ok((merged, report)) = merge(&model, constant(R)) else { continue };
+        let removes = report.steps.is_empty() || report.steps.iter().any(|step| step.removed > 0);
+        assert!(removes, "{} is too small to merge {R} tokens", entry.name);
+        let path = scratch.save_as(&entry.name, &merged, &entry.model);
+        let session = load(ort().as_ref(), &entry.model);
+        let both = entry.feeds(session.as_ref()).into_iter().next().expect("a recorded run");
+        let open = session.inputs().iter().all(|port| port.fixed_batch().is_none());
+        let batches: Vec<Feeds> = if open { vec![both.clone(), images(&both, 0, 1)] } else { vec![both] };
+        for backend in [ort(), tract()] {
+            for feeds in &batches {
+                let reference = match try_run(backend.as_ref(), &entry.model, feeds) {
+                    Ok(outputs) => outputs,
+                    // What tract does not run to begin with proves nothing; ONNX Runtime runs the whole zoo.
+                    Err(_) if backend.name() == "tract" => continue,
+                    Err(reason) => panic!("{reason}"),
+                };
+                count += 1;
+                in_tract += usize::from(backend.name() == "tract");
+                match try_run(backend.as_ref(), &path, feeds) {
+                    Ok(outputs) if shapes(&outputs) == shapes(&reference) => {}
+                    Ok(outputs) => failures.push(format!(
+                        "{} in {}: {:?}, not {:?}",
+                        entry.name,
+                        backend.name(),
+                        shapes(&outputs),
+                        shapes(&reference)
+                    )),
+                    Err(reason) => failures.push(reason),
+                }
+            }
+        }
+    }
+    assert!(in_tract > 0, "tract runs no model of the zoo");
+    println!("{in_tract} of the runs in tract");
+    conclude("shapes", count, &failures);
+}
+
+#[test]
+fn what_is_seen_agrees_with_what_the_models_are() {
+    const KEYS: [&str; 5] = ["num_blocks", "heads", "embed_dim", "num_tokens", "prefix_tokens"];
+    let (mut count, mut failures) = (0, Vec::new());
+    for entry in zoo() {
+        let seen = serde_json::to_value(Inspection::of(&entry.read())).expect("it is JSON");
+        if seen["vit"] == Json::Bool(false) {
+            continue;
+        }
+        for key in KEYS {
+            // A token count that is known at run time only is an expression; the facts have that of the usual size.
+            if key == "num_tokens" && seen[key].is_string() {
+                continue;
+            }
+            count += 1;
+            let expected = if entry.facts[key].is_null() { json!(null) } else { entry.facts[key].clone() };
+            if seen[key] != expected {
+                failures.push(format!("{}: {key} is {}, not {expected}", entry.name, seen[key]));
+            }
+        }
+    }
+    conclude("facts", count, &failures);
+}
+
+#[test]
+fn plain_transformers_are_merged_and_windows_refused() {
+    let ours = fixtures().join("zoo");
+    let (mut standard, mut merged, mut failures) = (0, 0, Vec::new());
+    for entry in zoo() {
+        let result = merge(&entry.read(), constant(R));
+        let negative = entry.facts["negative_for_tome"] == Json::Bool(true);
+        match (&result, negative) {
+            (Ok(_), true) => failures.push(format!("{} has windows and was merged", entry.name)),
+            (Err(refusal), false) if entry.model.starts_with(&ours) => {
+                failures.push(format!("{}: {refusal}", entry.name))
+            }
+            (Err(refusal), _) => {
+                println!("{}: {refusal}", entry.name);
+                // A refusal is a sentence about the model, never a defect of ours.
+                if refusal.to_string().contains("internal error") {
+                    failures.push(format!("{}: {refusal}", entry.name));
+                }
+            }
+            (Ok(_), false) => merged += 1,
+        }
+        standard += usize::from(!negative);
+    }
+    println!("{merged} of {standard} are merged");
+    assert!(2 * merged >= standard, "only {merged} of {standard} are merged");
+    conclude("refusals", standard, &failures);
+}
