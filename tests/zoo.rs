@@ -5,7 +5,7 @@ mod common;
 use common::{
     Entry, Scratch, conclude, constant, fixtures, images, integers, load, merge, ort, relative, tract, try_run, zoo,
 };
-use serde_json::{Value as Json, json};
+use serde_json::Value as Json;
 use vitrim::inspect::Inspection;
 use vitrim::runtime::{Feeds, Outputs};
 use vitrim::tensor::compare::Comparison;
@@ -97,8 +97,9 @@ fn merged_models_run_and_keep_the_shapes_of_outputs() {
         let both = entry.feeds(session.as_ref()).into_iter().next().expect("a recorded run");
         let open = session.inputs().iter().all(|port| port.fixed_batch().is_none());
         let batches: Vec<Feeds> = if open { vec![both.clone(), images(&both, 0, 1)] } else { vec![both] };
-        for backend in [ort(), tract()] {
-            for feeds in &batches {
+        // tract plans anew for every shape, which takes longer than running; one is enough to see whether it can.
+        for (backend, batches) in [(ort(), &batches[..]), (tract(), &batches[..1])] {
+            for feeds in batches {
                 let reference = match try_run(backend.as_ref(), &entry.model, feeds) {
                     Ok(outputs) => outputs,
                     // What tract does not run to begin with proves nothing; ONNX Runtime runs the whole zoo.
@@ -141,9 +142,8 @@ fn what_is_seen_agrees_with_what_the_models_are() {
                 continue;
             }
             count += 1;
-            let expected = if entry.facts[key].is_null() { json!(null) } else { entry.facts[key].clone() };
-            if seen[key] != expected {
-                failures.push(format!("{}: {key} is {}, not {expected}", entry.name, seen[key]));
+            if seen[key] != entry.facts[key] {
+                failures.push(format!("{}: {key} is {}, not {}", entry.name, seen[key], entry.facts[key]));
             }
         }
     }

@@ -94,6 +94,7 @@ impl GraphBuilder {
             functions,
             opsets: Opsets(opsets.iter().map(entry).collect()),
             metadata: Vec::new(),
+            source: Default::default(),
             rest: ModelProto {
                 ir_version: Some(ir_version),
                 producer_name: Some("vitrim".into()),

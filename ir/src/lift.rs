@@ -1015,7 +1015,7 @@ mod tests {
     fn branches(axis: i64) -> Model {
         let mut builder = GraphBuilder::new();
         let (c, x) = (builder.input("c", Some(&ty(DataType::Bool, &[]))), builder.input("x", Some(&f32(&[2, -1]))));
-        let mut branch = |name: &'static str| {
+        let branch = |name: &'static str| {
             let mut inner = Graph::default();
             let outer = inner.add_value(Value::new("x".into(), Def::Captured(x)));
             let mut add = |op: &str, input: ValueId, result: &str, attribute: &str, value: Attribute| {

@@ -89,6 +89,18 @@ pub struct Model {
     pub(crate) opsets: Opsets,
     pub(crate) metadata: Vec<(String, String)>,
     pub(crate) rest: ModelProto,
+    pub(crate) source: Source,
+}
+
+/// The file that a model was read from: as long as weights lie in its map, the kernel can copy them from there. It is no
+/// part of what the model says.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Source(Option<MappedFile>);
+
+impl PartialEq for Source {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// Why a model could not be read or written.
@@ -126,7 +138,8 @@ impl Model {
             Ok(map.bytes())
         };
         let decode = |source| FileError::Decode { path: path.into(), source };
-        onnx::decode_model(file.bytes(), &mut external).map_err(decode)
+        let model = onnx::decode_model(file.bytes(), &mut external).map_err(decode)?;
+        Ok(Self { source: Source(Some(file)), ..model })
     }
 
     /// Reads a model from memory; external data is refused.
@@ -185,9 +198,10 @@ impl Model {
 
     /// Writes the model to `path`: all of it, or nothing.
     ///
-    /// `source` is the file it was read from: weights are copied from there by the kernel. External files stay where they
-    /// are when `path` lies in the same folder; else they are linked (or copied) beside the new model, under names that
-    /// begin with its own. Weights of a model that is too large for one file go to such a file as well.
+    /// `source` is the path of the file it was read from, to find external files. Those stay where they are when `path`
+    /// lies in the same folder; else they are linked (or copied) beside the new model, under names that begin with its
+    /// own. Weights of a model that is too large for one file go to such a file as well. The kernel copies weights from
+    /// file to file, not through memory.
     ///
     /// `path` may be `source`, but not one of the external files: that would destroy the weights of the source.
     pub fn write(verified: Verified<'_>, path: &Path, source: &Path) -> Result<(), FileError> {
@@ -239,9 +253,9 @@ fn write_within(model: &Model, path: &Path, source: &Path, limit: usize) -> io::
             set_entry(tensor, "location", name.clone());
         }
     });
-    let map = MappedFile::open(source).ok();
+    let map = model.source.0.as_ref();
     let moved = match proto.encoded_len() > limit {
-        true => Some(companions.move_weights(&mut proto, map.as_ref())?),
+        true => Some(companions.move_weights(&mut proto, map)?),
         false => None,
     };
     if proto.encoded_len() > limit {

@@ -94,7 +94,7 @@ pub(crate) fn decode_model(bytes: Bytes, files: ExternalFiles<'_>) -> Result<Mod
         }
         functions.push(function);
     }
-    Ok(Model { graph, functions, opsets, metadata, rest: proto })
+    Ok(Model { graph, functions, opsets, metadata, rest: proto, source: Default::default() })
 }
 
 /// The reason without the path of messages that leads to it, which can be very long.
@@ -200,6 +200,10 @@ impl Decoder<'_> {
     /// Decodes a graph. Its captured values point nowhere yet: the caller knows where.
     fn graph(&mut self, mut proto: GraphProto, place: &str, outer: Option<&Scope<'_>>) -> Result<Graph> {
         let mut scope = Scope { place, graph: Graph::default(), names: HashMap::new(), outer };
+        // Exactly: a file can have any number of small graphs.
+        let results = proto.node.iter().map(|node| node.output.len()).sum::<usize>();
+        scope.graph.nodes.reserve_exact(proto.node.len());
+        scope.graph.values.reserve_exact(proto.input.len() + proto.initializer.len() + results);
         let mut told = HashSet::new();
         for info in std::mem::take(&mut proto.input) {
             let id = scope.define(info.name.as_deref().unwrap_or(""), Def::Input)?;

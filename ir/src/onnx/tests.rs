@@ -109,6 +109,7 @@ fn functions_of_the_zoo_inline_to_valid_models_without_functions() {
         write(&model, &target, &path);
         let again = Model::read(&target).unwrap();
         assert_eq!(print_graph(again.graph()), print_graph(model.graph()));
+        // For a look at them with other tools.
         if let Some(folder) = std::env::var_os("VITRIM_KEEP") {
             fs::copy(&target, Path::new(&folder).join(path.file_name().unwrap())).unwrap();
         }

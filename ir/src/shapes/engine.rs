@@ -451,12 +451,12 @@ fn sequence(node: &Node, inputs: &[Option<&Fact>]) -> Option<Vec<Fact>> {
     Some(vec![fact])
 }
 
-fn split_to_sequence(node: &Node, tensor: &Fact, sizes: Option<&Fact>, sized: bool) -> Option<Vec<Fact>> {
+fn split_to_sequence(node: &Node, tensor: &Fact, lengths: Option<&Fact>, sized: bool) -> Option<Vec<Fact>> {
     let dims = tensor.dims.clone()?;
     let axis = axis_of(node.int("axis").unwrap_or(0), dims.len()).ok()?;
     let extent = dims[axis].as_known()?;
     let sizes: Vec<i64> = if sized {
-        let sizes = sizes?;
+        let sizes = lengths?;
         let known = |item: &Option<Number>| item.as_ref()?.whole()?.as_known();
         let list = sizes.items.as_ref()?.iter().map(known).collect::<Option<Vec<i64>>>()?;
         match (sizes.dims.as_deref()?, list.as_slice()) {
@@ -465,12 +465,18 @@ fn split_to_sequence(node: &Node, tensor: &Fact, sizes: Option<&Fact>, sized: bo
                 whole.chain((extent % size > 0).then_some(extent % size)).collect()
             }
             ([], _) => return None,
+            _ if list.iter().any(|&size| size < 0) => return None,
             _ => list,
         }
     } else {
         vec![1; usize::try_from(extent).ok().filter(|&extent| extent <= MAX_SEQUENCE)?]
     };
-    let squeezed = !sized && node.int("keepdims").unwrap_or(1) == 0;
+    // The specification ignores `keepdims` where sizes are given; runtimes do so only where they are a list.
+    let listed = lengths.is_some_and(|fact| fact.dims.as_ref().is_some_and(|dims| !dims.is_empty()));
+    let squeezed = !listed && node.int("keepdims").unwrap_or(1) == 0;
+    if squeezed && sizes.iter().any(|&size| size != 1) {
+        return None;
+    }
     let part = |size: i64| {
         let mut dims = dims.clone();
         if squeezed {

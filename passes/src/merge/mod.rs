@@ -135,7 +135,7 @@ impl Merge {
             }
         };
         let opset = model.opsets().standard();
-        if opset < vitrim_ops::MIN_OPSET && removed.iter().any(|&r| r > 0) {
+        if opset < vitrim_ops::MIN_OPSET && (self.trace_source || removed.iter().any(|&r| r > 0)) {
             return Err(Refusal::Request(format!(
                 "the model imports opset {opset} of ai.onnx; the operators need {} or newer: convert it first",
                 vitrim_ops::MIN_OPSET

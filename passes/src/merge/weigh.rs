@@ -44,8 +44,10 @@ impl Rewriter<'_> {
     }
 
     fn attend(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {
-        if self.graph.node(id).is("Attention") {
-            return self.attend_fused(id, stage);
+        if let Some(core) = self.vit.blocks.iter().map(|block| &block.core).find(|core| core.softmax == id) {
+            if std::env::var_os("VFORM").is_some() || core.is_fused() {
+                return self.attend_fused(core.mix, core.slots.value, stage);
+            }
         }
         let (graph, vit) = (self.graph, self.vit);
         let node = graph.node(id);
@@ -103,9 +105,9 @@ impl Rewriter<'_> {
 
     /// Without touching the scores: softmax(l + log s)·v = (P·[s⊙v]) / (P·s) with P = softmax(l). Sizes scale the
     /// values and ride along as one more channel.
-    fn attend_fused(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {
+    fn attend_fused(&mut self, id: NodeId, slot: usize, stage: usize) -> Result<(), Refusal> {
         let node = self.graph.node(id);
-        let (Some(values), Some(result)) = (node.input(2), node.output(0)) else { return Ok(()) };
+        let (Some(values), Some(result)) = (node.input(slot), node.output(0)) else { return Ok(()) };
         let rank = self.vit.axes.layout(values).map(|layout| layout.rank());
         let channels = self.vit.shapes.dims(values).and_then(|dims| dims.last()?.as_known());
         let (Some(4), Some(channels)) = (rank, channels) else {
@@ -129,7 +131,7 @@ impl Rewriter<'_> {
         let ride = self.patch.op("Add", &format!("{hint}/size_channel"), &[nothing, size], &[]);
         let axis = [("axis", Attribute::Int(3))];
         let extended = self.patch.op("Concat", &format!("{hint}/values_and_size"), &[scaled, ride], &axis);
-        self.patch.rewire(id, 2, extended);
+        self.patch.rewire(id, slot, extended);
         let (start, end) = (ints(self, "channels", &[channels]), ints(self, "end", &[i64::MAX]));
         let mixed = self.patch.op("Slice", &format!("{hint}/mixed"), &[result, zero, start, last], &[]);
         let total = self.patch.op("Slice", &format!("{hint}/total_size"), &[result, start, end, last], &[]);
