@@ -22,13 +22,13 @@ enum Command {
     /// Show what vitrim sees in a model: blocks, tokens, heads, and where tokens can be regrouped
     Inspect(inspect::InspectArgs),
     /// Merge similar tokens after the attention of every block (ToMe)
-    Merge(rewrite::MergeArgs),
+    Merge(Box<rewrite::MergeArgs>),
     /// Apply the passes of a recipe
     Rewrite(rewrite::RewriteArgs),
     /// Compare the outputs of two models
-    Verify(verify::VerifyArgs),
+    Verify(Box<verify::VerifyArgs>),
     /// Compare the speed of models
-    Bench(bench::BenchArgs),
+    Bench(Box<bench::BenchArgs>),
 }
 
 /// Exit code of refusals and bad input.

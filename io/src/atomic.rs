@@ -71,10 +71,7 @@ impl AtomicFile {
     }
 
     /// [`create`](Self::create), with the way to get a file without a name in a folder.
-    fn create_in(
-        target: &Path,
-        unnamed: impl Fn(&Path) -> io::Result<File>,
-    ) -> io::Result<AtomicFile> {
+    fn create_in(target: &Path, unnamed: impl Fn(&Path) -> io::Result<File>) -> io::Result<AtomicFile> {
         if target.file_name().is_none() {
             let message = format!("{:?} does not name a file", target);
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
@@ -91,8 +88,7 @@ impl AtomicFile {
         let (temporary, file) = match unnamed(folder(target)) {
             Ok(file) => (None, file),
             Err(_) => {
-                let (name, file) = TemporaryName::claim(target, |path| File::create_new(path))
-                    .map_err(at(target))?;
+                let (name, file) = TemporaryName::claim(target, |path| File::create_new(path)).map_err(at(target))?;
                 (Some(name), file)
             }
         };
@@ -145,13 +141,7 @@ impl AtomicFile {
     /// names the path.
     pub fn commit(mut self) -> io::Result<()> {
         self.flush();
-        let AtomicFile {
-            target,
-            file,
-            temporary,
-            error,
-            ..
-        } = self;
+        let AtomicFile { target, file, temporary, error, .. } = self;
         match (error, temporary) {
             (Some(error), _) => Err(error),
             (None, Some(name)) => name.rename(&target),
@@ -189,10 +179,7 @@ impl AtomicFile {
     fn try_write(&mut self, bytes: &[u8]) -> io::Result<()> {
         let mut copied = 0;
         if bytes.len() >= BLOCK {
-            let source = self
-                .sources
-                .iter()
-                .find_map(|map| Some((map, map.offset_of(bytes)?)));
+            let source = self.sources.iter().find_map(|map| Some((map, map.offset_of(bytes)?)));
             if let Some((map, offset)) = source {
                 copied = map.append_to(&self.file, offset, bytes.len())?;
             }
@@ -336,20 +323,15 @@ mod tests {
 
     /// Names of what is in a folder.
     fn names(folder: &Path) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(folder)
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let mut names: Vec<_> =
+            fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
 
     /// `length` bytes in which every part differs from every other.
     fn pattern(length: usize) -> Vec<u8> {
-        (0..length.div_ceil(4) as u32)
-            .flat_map(u32::to_le_bytes)
-            .take(length)
-            .collect()
+        (0..length.div_ceil(4) as u32).flat_map(u32::to_le_bytes).take(length).collect()
     }
 
     /// The two ways to hold the bytes before the commit: without a name, and under a hidden one.
@@ -398,18 +380,7 @@ mod tests {
         let mut file = AtomicFile::create(&target).unwrap();
         let mut expected = Vec::new();
 
-        for length in [
-            0,
-            1,
-            5,
-            BLOCK - 1,
-            BLOCK,
-            BLOCK + 1,
-            2 * BLOCK,
-            3,
-            BLOCK - 4,
-            7,
-        ] {
+        for length in [0, 1, 5, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3, BLOCK - 4, 7] {
             let bytes = pattern(length);
             for buffer in [&mut expected as &mut dyn Put, &mut file] {
                 buffer.everything(&bytes);
@@ -462,13 +433,7 @@ mod tests {
         file.put(source.bytes().slice(7..2 * BLOCK));
         file.commit().unwrap();
 
-        let expected = [
-            b"head",
-            &bytes[3 * BLOCK + 1..],
-            b"middle",
-            &bytes[7..2 * BLOCK],
-        ]
-        .concat();
+        let expected = [b"head", &bytes[3 * BLOCK + 1..], b"middle", &bytes[7..2 * BLOCK]].concat();
         assert!(fs::read(dir.path().join("out")).unwrap() == expected);
     }
 
@@ -482,18 +447,10 @@ mod tests {
 
         let mut file = AtomicFile::create(&dir.path().join("out")).unwrap();
         file.copy_from(&source);
-        File::options()
-            .write(true)
-            .open(&input)
-            .unwrap()
-            .set_len(BLOCK as u64)
-            .unwrap();
+        File::options().write(true).open(&input).unwrap().set_len(BLOCK as u64).unwrap();
         file.put(source.bytes());
 
-        assert_eq!(
-            file.commit().unwrap_err().kind(),
-            io::ErrorKind::UnexpectedEof
-        );
+        assert_eq!(file.commit().unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         assert_eq!(names(dir.path()), ["in"]);
     }
 
@@ -563,10 +520,7 @@ mod tests {
         let kind = |path: &Path| AtomicFile::create(path).unwrap_err().kind();
         assert_eq!(kind(dir.path()), io::ErrorKind::InvalidInput);
         assert_eq!(kind(Path::new("")), io::ErrorKind::InvalidInput);
-        assert_eq!(
-            kind(&dir.path().join("missing/out.onnx")),
-            io::ErrorKind::NotFound
-        );
+        assert_eq!(kind(&dir.path().join("missing/out.onnx")), io::ErrorKind::NotFound);
         #[cfg(unix)]
         assert_eq!(kind(Path::new("/dev/null")), io::ErrorKind::InvalidInput);
     }
@@ -583,11 +537,7 @@ mod tests {
         assert_eq!(file.position(), 5 * BLOCK as u64);
 
         let error = file.commit().unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with(&format!("{}: ", target.display()))
-        );
+        assert!(error.to_string().starts_with(&format!("{}: ", target.display())));
         assert!(names(dir.path()).is_empty());
     }
 
@@ -598,10 +548,7 @@ mod tests {
         if let Some(folder) = env::var_os(FOLDER) {
             let mut file = AtomicFile::create(&Path::new(&folder).join("out.onnx")).unwrap();
             file.put_slice(&pattern(3 * BLOCK));
-            let _ = rustix::process::kill_process(
-                rustix::process::getpid(),
-                rustix::process::Signal::KILL,
-            );
+            let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
             unreachable!();
         }
 
@@ -611,10 +558,7 @@ mod tests {
             .env(FOLDER, dir.path())
             .status()
             .unwrap();
-        assert_eq!(
-            std::os::unix::process::ExitStatusExt::signal(&status),
-            Some(9)
-        );
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9));
         assert!(names(dir.path()).is_empty());
     }
 }

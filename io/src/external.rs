@@ -60,31 +60,20 @@ pub fn resolve_external(model: &Path, location: &str) -> Result<PathBuf, Confine
         return Err(ConfinementError::Empty);
     }
     if let Some(reason) = fault(location) {
-        return Err(ConfinementError::Location {
-            location: location.to_owned(),
-            reason,
-        });
+        return Err(ConfinementError::Location { location: location.to_owned(), reason });
     }
 
-    let io = |source| ConfinementError::Io {
-        location: location.to_owned(),
-        source,
-    };
+    let io = |source| ConfinementError::Io { location: location.to_owned(), source };
     // What is beside the link, and what is beside the file that it leads to.
     let folder = fs::canonicalize(crate::atomic::folder(model)).map_err(io)?;
     let real_model = fs::canonicalize(model).map_err(io)?;
     let path = fs::canonicalize(folder.join(location)).map_err(io)?;
 
     if !path.starts_with(&folder) && path.parent() != real_model.parent() {
-        return Err(ConfinementError::Outside {
-            location: location.to_owned(),
-            path,
-        });
+        return Err(ConfinementError::Outside { location: location.to_owned(), path });
     }
     if !fs::metadata(&path).map_err(io)?.is_file() {
-        return Err(ConfinementError::NotAFile {
-            location: location.to_owned(),
-        });
+        return Err(ConfinementError::NotAFile { location: location.to_owned() });
     }
     Ok(path)
 }
@@ -123,8 +112,7 @@ mod tests {
 
     #[test]
     fn files_inside_the_folder_are_found() {
-        let (_dir, root) =
-            folder_with(&["m/model.onnx", "m/w.bin", "m/sub/w.bin", "m/..w", "m/été"]);
+        let (_dir, root) = folder_with(&["m/model.onnx", "m/w.bin", "m/sub/w.bin", "m/..w", "m/été"]);
         let model = root.join("m/model.onnx");
         for (location, file) in [
             ("w.bin", "m/w.bin"),
@@ -165,10 +153,7 @@ mod tests {
         ] {
             let message = resolve_external(&model, location).unwrap_err().to_string();
             assert!(message.contains(reason), "{message}");
-            assert!(
-                message.contains(&format!("{location:?}")) || location.is_empty(),
-                "{message}"
-            );
+            assert!(message.contains(&format!("{location:?}")) || location.is_empty(), "{message}");
         }
     }
 
@@ -184,14 +169,8 @@ mod tests {
         symlink("../elsewhere", root.join("m/folder")).unwrap();
         symlink("m", root.join("alias")).unwrap();
 
-        assert_eq!(
-            resolve_external(&model, "inside").unwrap(),
-            root.join("m/w")
-        );
-        assert_eq!(
-            resolve_external(&root.join("alias/model.onnx"), "inside").unwrap(),
-            root.join("m/w")
-        );
+        assert_eq!(resolve_external(&model, "inside").unwrap(), root.join("m/w"));
+        assert_eq!(resolve_external(&root.join("alias/model.onnx"), "inside").unwrap(), root.join("m/w"));
         for location in ["outside", "folder/w"] {
             let error = resolve_external(&model, location).unwrap_err();
             assert!(matches!(error, ConfinementError::Outside { .. }), "{error}");
@@ -204,13 +183,7 @@ mod tests {
     fn a_linked_model_may_have_files_from_the_folder_it_leads_to() {
         use std::os::unix::fs::symlink;
 
-        let (_dir, root) = folder_with(&[
-            "blobs/a1",
-            "blobs/b2",
-            "blobs/sub/c3",
-            "secret",
-            "snapshots/x/README",
-        ]);
+        let (_dir, root) = folder_with(&["blobs/a1", "blobs/b2", "blobs/sub/c3", "secret", "snapshots/x/README"]);
         let at = |name: &str| root.join("snapshots/x").join(name);
         symlink("../../blobs/a1", at("model.onnx")).unwrap();
         symlink("../../blobs/b2", at("model.onnx_data")).unwrap();
@@ -218,14 +191,8 @@ mod tests {
         symlink("../../secret", at("outside")).unwrap();
         fs::write(at("plain.onnx"), "").unwrap();
 
-        assert_eq!(
-            resolve_external(&at("model.onnx"), "model.onnx_data").unwrap(),
-            root.join("blobs/b2")
-        );
-        assert_eq!(
-            resolve_external(&at("model.onnx"), "README").unwrap(),
-            at("README")
-        );
+        assert_eq!(resolve_external(&at("model.onnx"), "model.onnx_data").unwrap(), root.join("blobs/b2"));
+        assert_eq!(resolve_external(&at("model.onnx"), "README").unwrap(), at("README"));
         assert!(resolve_external(&at("model.onnx"), "deeper").is_err());
         assert!(resolve_external(&at("model.onnx"), "outside").is_err());
         assert!(resolve_external(&at("plain.onnx"), "model.onnx_data").is_err());

@@ -33,13 +33,6 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> io::Error {
 
 /// The error for a path that exists but holds no bytes to read or replace.
 fn not_a_regular_file(path: &Path, file_type: std::fs::FileType) -> io::Error {
-    let what = if file_type.is_dir() {
-        "is a folder"
-    } else {
-        "is not a regular file"
-    };
-    io::Error::new(
-        io::ErrorKind::InvalidInput,
-        format!("{}: {what}", path.display()),
-    )
+    let what = if file_type.is_dir() { "is a folder" } else { "is not a regular file" };
+    io::Error::new(io::ErrorKind::InvalidInput, format!("{}: {what}", path.display()))
 }

@@ -42,10 +42,7 @@ impl MappedFile {
         options.read(true);
         // Opening a pipe would wait for its writer. Regular files ignore the flag.
         #[cfg(unix)]
-        std::os::unix::fs::OpenOptionsExt::custom_flags(
-            &mut options,
-            rustix::fs::OFlags::NONBLOCK.bits() as i32,
-        );
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NONBLOCK.bits() as i32);
         let file = options.open(path).map_err(at(path))?;
         let metadata = file.metadata().map_err(at(path))?;
         if !metadata.is_file() {
@@ -61,11 +58,7 @@ impl MappedFile {
             let map = unsafe { Mmap::map(&file) }.map_err(at(path))?;
             Bytes::from_owner(map)
         };
-        Ok(MappedFile {
-            path: path.to_owned(),
-            file: Arc::new(file),
-            bytes,
-        })
+        Ok(MappedFile { path: path.to_owned(), file: Arc::new(file), bytes })
     }
 
     /// The contents. They stay mapped as long as these bytes or any slice of them live, whether or not `self` does.
@@ -95,12 +88,7 @@ impl MappedFile {
     /// A failure to read, or [`io::ErrorKind::UnexpectedEof`] if the file has become shorter: looking at the missing
     /// bytes would end the process.
     #[cfg(target_os = "linux")]
-    pub(crate) fn append_to(
-        &self,
-        target: &File,
-        offset: usize,
-        length: usize,
-    ) -> io::Result<usize> {
+    pub(crate) fn append_to(&self, target: &File, offset: usize, length: usize) -> io::Result<usize> {
         use rustix::io::Errno;
 
         let mut from = offset as u64;
@@ -109,8 +97,7 @@ impl MappedFile {
             let left = (end - from) as usize;
             match rustix::fs::copy_file_range(&*self.file, Some(&mut from), target, None, left) {
                 Ok(0) if self.file.metadata()?.len() < end => {
-                    let message =
-                        format!("{}: became shorter while it was read", self.path.display());
+                    let message = format!("{}: became shorter while it was read", self.path.display());
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, message));
                 }
                 Ok(0) => break,
@@ -179,10 +166,7 @@ mod tests {
     fn a_folder_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let error = MappedFile::open(dir.path()).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            format!("{}: is a folder", dir.path().display())
-        );
+        assert_eq!(error.to_string(), format!("{}: is a folder", dir.path().display()));
     }
 
     #[cfg(target_os = "linux")]
@@ -194,10 +178,7 @@ mod tests {
         let path = dir.path().join("pipe");
         mknodat(CWD, &path, FileType::Fifo, Mode::RUSR, 0).unwrap();
         let error = MappedFile::open(&path).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            format!("{}: is not a regular file", path.display())
-        );
+        assert_eq!(error.to_string(), format!("{}: is not a regular file", path.display()));
     }
 
     #[test]
@@ -209,9 +190,6 @@ mod tests {
 
         assert_eq!(map.offset_of(&bytes[40..]), Some(40));
         assert_eq!(map.offset_of(&[1; 100]), None);
-        assert_eq!(
-            MappedFile::open(file.path()).unwrap().offset_of(&bytes),
-            None
-        );
+        assert_eq!(MappedFile::open(file.path()).unwrap().offset_of(&bytes), None);
     }
 }

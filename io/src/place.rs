@@ -105,10 +105,7 @@ mod tests {
         symlink(&blob, &link).unwrap();
 
         place_beside(&link, &target).unwrap();
-        assert_eq!(
-            fs::symlink_metadata(&target).unwrap().ino(),
-            fs::metadata(&blob).unwrap().ino()
-        );
+        assert_eq!(fs::symlink_metadata(&target).unwrap().ino(), fs::metadata(&blob).unwrap().ino());
 
         // The same file already, by either name.
         place_beside(&blob, &target).unwrap();
@@ -124,15 +121,9 @@ mod tests {
         let source = dir.path().join("w.bin");
         fs::write(&source, "weights").unwrap();
         let kind = |source: &Path, target: &Path| place_beside(source, target).unwrap_err().kind();
-        assert_eq!(
-            kind(dir.path(), &dir.path().join("out")),
-            io::ErrorKind::InvalidInput
-        );
+        assert_eq!(kind(dir.path(), &dir.path().join("out")), io::ErrorKind::InvalidInput);
         assert_eq!(kind(&source, dir.path()), io::ErrorKind::InvalidInput);
-        assert_eq!(
-            kind(&dir.path().join("missing"), &dir.path().join("out")),
-            io::ErrorKind::NotFound
-        );
+        assert_eq!(kind(&dir.path().join("missing"), &dir.path().join("out")), io::ErrorKind::NotFound);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 }

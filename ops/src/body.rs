@@ -58,7 +58,7 @@ impl Body {
     }
 
     /// Converts to float32. Where it is float32 already, runtimes drop the node.
-    pub fn to_f32(&mut self, value: ValueId, hint: &str) -> ValueId {
+    pub fn as_f32(&mut self, value: ValueId, hint: &str) -> ValueId {
         self.op_with("Cast", hint, &[value], &[("to", Attribute::Int(1))])
     }
 

@@ -98,10 +98,10 @@ impl Schedule {
     /// others can leave. With `align`, a block that removes tokens removes up to `align − 1` more, so that a multiple
     /// of it is left, where that is in reach.
     pub fn steps(&self, depth: usize, tokens: usize, protected: usize, align: usize) -> Result<Vec<Step>, Refusal> {
-        if let Self::Ratio(ratio) = self {
-            if !(0.0..1.0).contains(ratio) {
-                return Err(Refusal::Request(format!("the ratio {ratio} lies outside 0 to 1")));
-            }
+        if let Self::Ratio(ratio) = self
+            && !(0.0..1.0).contains(ratio)
+        {
+            return Err(Refusal::Request(format!("the ratio {ratio} lies outside 0 to 1")));
         }
         let requested = self.requested(depth);
         let mut steps = Vec::with_capacity(depth);

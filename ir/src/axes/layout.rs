@@ -144,7 +144,8 @@ impl Layout {
     /// `tokens` is the present token count. Plain factors split where the shape asks for it and divides them; the
     /// token axis never does.
     pub fn reshape(&self, shape: &[Expr], tokens: &Expr) -> Result<Self, String> {
-        let mut atoms: std::collections::VecDeque<Atom> = self.0.iter().flat_map(|axis| axis.0.iter().cloned()).collect();
+        let mut atoms: std::collections::VecDeque<Atom> =
+            self.0.iter().flat_map(|axis| axis.0.iter().cloned()).collect();
         let mut axes = Vec::with_capacity(shape.len());
         for extent in shape {
             let mut left = extent.clone();
@@ -158,7 +159,9 @@ impl Layout {
                     atoms.push_front(Atom::Plain(remainder));
                     (Atom::Plain(left.clone()), Expr::known(1))
                 } else if matches!(atom, Atom::Tokens { .. }) {
-                    return Err(format!("it splits the token axis ({own} tokens) or joins it with something else: {extent}"));
+                    return Err(format!(
+                        "it splits the token axis ({own} tokens) or joins it with something else: {extent}"
+                    ));
                 } else {
                     return Err(format!("the extent {own} does not divide into {extent}"));
                 };

@@ -82,14 +82,13 @@ impl Axes {
             format!("the shape of '{}' is not known: {reason}", graph.value(origin).name())
         })?;
         let tokens = dims.get(axis).ok_or("no such axis")?.clone();
-        let axes = dims.iter().enumerate().map(|(at, dim)| if at == axis { Axis::tokens(Span::ALL) } else { Axis::plain(dim) });
+        let axes = dims
+            .iter()
+            .enumerate()
+            .map(|(at, dim)| if at == axis { Axis::tokens(Span::ALL) } else { Axis::plain(dim) });
         let batch = dims.iter().enumerate().find(|(at, _)| *at != axis).map_or(Expr::known(1), |(_, dim)| dim.clone());
-        let mut analysis = Self {
-            origin,
-            tokens,
-            layouts: HashMap::from([(origin, Layout(axes.collect()))]),
-            effects: Vec::new(),
-        };
+        let mut analysis =
+            Self { origin, tokens, layouts: HashMap::from([(origin, Layout(axes.collect()))]), effects: Vec::new() };
         for (id, node) in graph.nodes() {
             let carries = node.operands().any(|value| analysis.layouts.contains_key(&value));
             let captured = node.captures.iter().any(|value| analysis.layouts.contains_key(value));
@@ -101,15 +100,20 @@ impl Axes {
                 analysis.effects.push((id, Effect::Pinned { reason }));
                 continue;
             }
-            let context = transfer::Context { graph, shapes, opset, tokens: &analysis.tokens, batch: &batch, layouts: &analysis.layouts };
+            let context = transfer::Context {
+                graph,
+                shapes,
+                opset,
+                tokens: &analysis.tokens,
+                batch: &batch,
+                layouts: &analysis.layouts,
+            };
             match context.transfer(node) {
                 Ok(flow) => {
                     analysis.effects.extend(flow.effects.into_iter().map(|effect| (id, effect)));
                     for (slot, layout) in flow.layouts.into_iter().enumerate() {
-                        if let (Some(value), Some(layout)) = (node.output(slot), layout) {
-                            if layout.has_tokens() {
-                                analysis.layouts.insert(value, layout);
-                            }
+                        if let (Some(value), Some(layout)) = (node.output(slot), layout.filter(Layout::has_tokens)) {
+                            analysis.layouts.insert(value, layout);
                         }
                     }
                 }

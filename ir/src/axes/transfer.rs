@@ -51,12 +51,12 @@ impl Context<'_> {
             return Err(format!("there is no rule for the operator {}", node.op));
         }
         match node.op.name.as_str() {
-            "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "Relu" | "LeakyRelu"
-            | "Elu" | "Celu" | "Selu" | "PRelu" | "HardSigmoid" | "HardSwish" | "Mish" | "Swish" | "Sigmoid" | "Tanh"
-            | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal" | "Neg" | "Abs" | "Sign" | "Floor" | "Ceil"
-            | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin" | "Cos" | "CastLike" | "Add" | "Sub" | "Mul" | "Div"
-            | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod" | "And" | "Or" | "Xor" | "Equal" | "Less" | "LessOrEqual"
-            | "Greater" | "GreaterOrEqual" | "Where" => self.elementwise(node),
+            "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "Relu"
+            | "LeakyRelu" | "Elu" | "Celu" | "Selu" | "PRelu" | "HardSigmoid" | "HardSwish" | "Mish" | "Swish"
+            | "Sigmoid" | "Tanh" | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal" | "Neg" | "Abs"
+            | "Sign" | "Floor" | "Ceil" | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin" | "Cos" | "CastLike"
+            | "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod" | "And" | "Or" | "Xor"
+            | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" => self.elementwise(node),
             "QuantizeLinear" | "DequantizeLinear" => self.quantize(node),
             "DynamicQuantizeLinear" => Ok(Flow::of(self.operand(node, 0)?.clone())),
             "MatMul" | "MatMulInteger" => self.matmul(node, 0, 1, false, false),
@@ -124,7 +124,8 @@ impl Context<'_> {
             return Ok(Some(ints.to_vec()));
         }
         let Some(value) = node.input(slot) else { return Ok(None) };
-        let known = self.shapes.ints(value).and_then(|exprs| exprs.iter().map(Expr::as_known).collect::<Option<Vec<_>>>());
+        let known =
+            self.shapes.ints(value).and_then(|exprs| exprs.iter().map(Expr::as_known).collect::<Option<Vec<_>>>());
         known.map(Some).ok_or_else(|| format!("its {attribute} are not constant"))
     }
 
@@ -151,7 +152,11 @@ impl Context<'_> {
         let keeps_weights = matches!(node.op.name.as_str(), "Identity" | "Cast" | "CastLike" | "Dropout");
         let layouts = flow.layouts.into_iter().map(|layout| {
             layout.map(|layout| {
-                if keeps_weights { layout } else { Layout(layout.0.iter().map(|axis| axis.with_weights(false)).collect()) }
+                if keeps_weights {
+                    layout
+                } else {
+                    Layout(layout.0.iter().map(|axis| axis.with_weights(false)).collect())
+                }
             })
         });
         Ok(Flow { layouts: layouts.collect(), effects: flow.effects })
@@ -293,17 +298,23 @@ impl Context<'_> {
     fn contract(&self, a: &Axis, b: &Axis, carried: (bool, bool)) -> Result<(), String> {
         match (a.has_tokens(), b.has_tokens()) {
             (false, false) => Ok(()),
-            (true, true) if !a.same_as(b) => Err("it sums over tokens that are laid out differently on both sides".into()),
+            (true, true) if !a.same_as(b) => {
+                Err("it sums over tokens that are laid out differently on both sides".into())
+            }
             (true, true) if a.is_weights() || b.is_weights() => Ok(()),
             (true, true) => Err("it sums over tokens that are not weighted by a softmax".into()),
-            _ if carried.0 && carried.1 => Err("it sums over tokens on one side and something else on the other".into()),
+            _ if carried.0 && carried.1 => {
+                Err("it sums over tokens on one side and something else on the other".into())
+            }
             _ => Err("it multiplies the token axis with a matrix of fixed size".into()),
         }
     }
 
     fn batch_axes(&self, a: &[Axis], b: &[Axis], _carried: (bool, bool)) -> Result<Vec<Axis>, String> {
         let rank = a.len().max(b.len());
-        let at = |axes: &[Axis], at: usize| (at + axes.len()).checked_sub(rank).map(|at| axes[at].clone()).unwrap_or_default();
+        let at = |axes: &[Axis], at: usize| {
+            (at + axes.len()).checked_sub(rank).map(|at| axes[at].clone()).unwrap_or_default()
+        };
         let mut axes = Vec::with_capacity(rank + 2);
         for index in 0..rank {
             let (x, y) = (at(a, index), at(b, index));
@@ -400,7 +411,8 @@ impl Context<'_> {
         let rank = layout.rank();
         let reverse: Vec<i64> = (0..rank as i64).rev().collect();
         let perm = node.ints("perm").unwrap_or(&reverse);
-        let axes = perm.iter().map(|&axis| Ok(layout.0[self.axis(axis, rank)?].clone())).collect::<Result<_, String>>()?;
+        let axes =
+            perm.iter().map(|&axis| Ok(layout.0[self.axis(axis, rank)?].clone())).collect::<Result<_, String>>()?;
         Ok(Flow::of(Layout(axes)))
     }
 
@@ -440,7 +452,8 @@ impl Context<'_> {
         let mut new = axes.iter().map(|&axis| self.axis(axis, rank)).collect::<Result<Vec<_>, _>>()?;
         new.sort_unstable();
         let mut kept = layout.0.iter();
-        let axes = (0..rank).map(|at| if new.contains(&at) { Axis::default() } else { kept.next().cloned().unwrap_or_default() });
+        let axes = (0..rank)
+            .map(|at| if new.contains(&at) { Axis::default() } else { kept.next().cloned().unwrap_or_default() });
         Ok(Flow::of(Layout(axes.collect())))
     }
 
@@ -493,7 +506,13 @@ impl Context<'_> {
             let count = here.as_known();
             let start = starts[at].as_known().ok_or("it starts at a position that is not constant")?;
             let start = match count {
-                Some(count) => if start < 0 { (start + count).max(0) } else { start.min(count) },
+                Some(count) => {
+                    if start < 0 {
+                        (start + count).max(0)
+                    } else {
+                        start.min(count)
+                    }
+                }
                 None => start,
             };
             // The end: all of it, a position from the front, or one from the back.
@@ -511,7 +530,9 @@ impl Context<'_> {
                 },
             };
             match (start, to_end) {
-                (start @ 0.., Some(left)) if start <= MAX_SPECIAL && left <= MAX_SPECIAL && count.is_none_or(|n| start * 2 <= n) => {
+                (start @ 0.., Some(left))
+                    if start <= MAX_SPECIAL && left <= MAX_SPECIAL && count.is_none_or(|n| start * 2 <= n) =>
+                {
                     let span = Span { front: span.front + start as usize, back: span.back + left as usize };
                     out.0[axis] = Axis::tokens(span);
                     if from_front.is_some() {
@@ -555,7 +576,8 @@ impl Context<'_> {
             return Ok(flow);
         }
         let span = layout.0[axis].only_tokens().ok_or("it takes positions of an axis that holds tokens and more")?;
-        let positions = self.shapes.ints(indices).and_then(|exprs| exprs.iter().map(Expr::as_known).collect::<Option<Vec<_>>>());
+        let positions =
+            self.shapes.ints(indices).and_then(|exprs| exprs.iter().map(Expr::as_known).collect::<Option<Vec<_>>>());
         let positions = positions.ok_or("it takes tokens at positions that are not constant")?;
         if positions.len() as i64 > MAX_SPECIAL {
             return Err("it takes tokens by a table of positions".into());
@@ -606,9 +628,10 @@ impl Context<'_> {
         let tokens: Vec<usize> = covered.clone().filter(|&at| layout.0[at].has_tokens()).collect();
         match tokens.as_slice() {
             [] => Ok(Flow::of(layout.clone())),
-            [only] if layout.0[*only].only_tokens() == Some(Span::ALL)
-                && covered.clone().all(|at| at == *only || layout.0[at].atoms().is_empty())
-                && node.is("Softmax") =>
+            [only]
+                if layout.0[*only].only_tokens() == Some(Span::ALL)
+                    && covered.clone().all(|at| at == *only || layout.0[at].atoms().is_empty())
+                    && node.is("Softmax") =>
             {
                 let mut out = Layout(layout.0.iter().map(|axis| axis.with_weights(false)).collect());
                 out.0[*only] = out.0[*only].with_weights(true);
@@ -627,7 +650,10 @@ impl Context<'_> {
         }
         let mut statistics = layout.clone();
         statistics.0[axis..].fill(Axis::default());
-        Ok(Flow { layouts: vec![Some(layout.clone()), Some(statistics.clone()), Some(statistics)], effects: Vec::new() })
+        Ok(Flow {
+            layouts: vec![Some(layout.clone()), Some(statistics.clone()), Some(statistics)],
+            effects: Vec::new(),
+        })
     }
 
     fn skip_layer_norm(&self, node: &Node) -> Transfer {
@@ -670,7 +696,9 @@ impl Context<'_> {
         let arg = node.op.name.starts_with("Arg");
         let axes = if arg { Some(vec![node.int("axis").unwrap_or(0)]) } else { self.ints(node, 1, "axes")? };
         let axes = match axes {
-            Some(axes) if !axes.is_empty() => axes.iter().map(|&axis| self.axis(axis, rank)).collect::<Result<Vec<_>, _>>()?,
+            Some(axes) if !axes.is_empty() => {
+                axes.iter().map(|&axis| self.axis(axis, rank)).collect::<Result<Vec<_>, _>>()?
+            }
             _ if node.int("noop_with_empty_axes").unwrap_or(0) != 0 => return Ok(Flow::of(layout.clone())),
             _ => (0..rank).collect(),
         };
@@ -722,7 +750,11 @@ impl Context<'_> {
     fn attention(&self, node: &Node) -> Transfer {
         let axes = |slot: usize| self.axes(node.input(slot).ok_or("no operand")?);
         let (q, k, v) = (axes(0)?, axes(1)?, axes(2)?);
-        if node.int("is_causal").unwrap_or(0) != 0 || node.input(4).is_some() || node.input(5).is_some() || node.input(6).is_some() {
+        if node.int("is_causal").unwrap_or(0) != 0
+            || node.input(4).is_some()
+            || node.input(5).is_some()
+            || node.input(6).is_some()
+        {
             return Err("its attention is causal or has a cache".into());
         }
         let token_axis = if k.len() == 4 { 2 } else { 1 };

@@ -625,12 +625,7 @@ mod tests {
     /// A field of wire type 2.
     fn bytes(number: u64, value: impl AsRef<[u8]>) -> Vec<u8> {
         let value = value.as_ref();
-        [
-            &varint((number << 3) | 2),
-            &varint(value.len() as u64),
-            value,
-        ]
-        .concat()
+        [&varint((number << 3) | 2), &varint(value.len() as u64), value].concat()
     }
 
     /// A field of wire type 5.
@@ -661,10 +656,7 @@ mod tests {
     }
 
     fn entry(key: &str, value: &str) -> StringStringEntryProto {
-        StringStringEntryProto {
-            key: text(key),
-            value: text(value),
-        }
+        StringStringEntryProto { key: text(key), value: text(value) }
     }
 
     // The tests below write every field of the specification down as `kind(number, value)`. An empty nested message
@@ -681,10 +673,7 @@ mod tests {
                 model_version: Some(-1),
                 doc_string: text("m"),
                 graph: Some(GraphProto::default()),
-                opset_import: vec![OperatorSetIdProto {
-                    domain: text("ai.vitrim"),
-                    version: Some(1),
-                }],
+                opset_import: vec![OperatorSetIdProto { domain: text("ai.vitrim"), version: Some(1) }],
                 metadata_props: vec![entry("k", "")],
                 training_info: vec![TrainingInfoProto::default()],
                 functions: vec![FunctionProto::default(); 2],
@@ -790,18 +779,8 @@ mod tests {
                 bytes(11, []),
                 bytes(12, []),
                 bytes(13, []),
-                bytes(
-                    14,
-                    [
-                        bytes(1, "x"),
-                        bytes(2, [bytes(1, "SCALE_TENSOR"), bytes(2, "s")].concat()),
-                    ]
-                    .concat(),
-                ),
-                bytes(
-                    15,
-                    [bytes(1, []), bytes(2, []), int(3, 2), int(3, 300)].concat(),
-                ),
+                bytes(14, [bytes(1, "x"), bytes(2, [bytes(1, "SCALE_TENSOR"), bytes(2, "s")].concat())].concat()),
+                bytes(15, [bytes(1, []), bytes(2, []), int(3, 2), int(3, 300)].concat()),
                 bytes(16, []),
             ],
         );
@@ -893,10 +872,7 @@ mod tests {
             TensorProto {
                 dims: vec![2, 300],
                 data_type: Some(1),
-                segment: Some(tensor_proto::Segment {
-                    begin: Some(1),
-                    end: Some(2),
-                }),
+                segment: Some(tensor_proto::Segment { begin: Some(1), end: Some(2) }),
                 float_data: vec![1.0, 2.0],
                 int32_data: vec![1, 300],
                 string_data: vec![Bytes::from_static(b"\xff"), Bytes::new()],
@@ -949,16 +925,8 @@ mod tests {
     fn type_fields() {
         use type_proto::{Map, Opaque, Optional, Sequence, SparseTensor, Tensor, Value};
 
-        let of = |value| TypeProto {
-            denotation: None,
-            value: Some(value),
-        };
-        let float_tensor = || {
-            Some(Box::new(of(Value::TensorType(Tensor {
-                elem_type: Some(1),
-                shape: None,
-            }))))
-        };
+        let of = |value| TypeProto { denotation: None, value: Some(value) };
+        let float_tensor = || Some(Box::new(of(Value::TensorType(Tensor { elem_type: Some(1), shape: None }))));
         let float_wire = || bytes(1, int(1, 1));
 
         let shape = TensorShapeProto {
@@ -975,87 +943,48 @@ mod tests {
             ],
         };
         let shape_wire = || {
-            let dims = [
-                bytes(1, [bytes(2, "N"), bytes(3, "DATA_BATCH")].concat()),
-                bytes(1, int(1, 0)),
-                bytes(1, []),
-            ];
+            let dims = [bytes(1, [bytes(2, "N"), bytes(3, "DATA_BATCH")].concat()), bytes(1, int(1, 0)), bytes(1, [])];
             bytes(2, dims.concat())
         };
 
         same(
             TypeProto {
                 denotation: text("IMAGE"),
-                value: Some(Value::TensorType(Tensor {
-                    elem_type: Some(1),
-                    shape: Some(shape.clone()),
-                })),
+                value: Some(Value::TensorType(Tensor { elem_type: Some(1), shape: Some(shape.clone()) })),
             },
-            &[
-                bytes(1, [int(1, 1), shape_wire()].concat()),
-                bytes(6, "IMAGE"),
-            ],
+            &[bytes(1, [int(1, 1), shape_wire()].concat()), bytes(6, "IMAGE")],
         );
+        same(of(Value::SequenceType(Sequence { elem_type: float_tensor() })), &[bytes(4, bytes(1, float_wire()))]);
         same(
-            of(Value::SequenceType(Sequence {
-                elem_type: float_tensor(),
-            })),
-            &[bytes(4, bytes(1, float_wire()))],
-        );
-        same(
-            of(Value::MapType(Map {
-                key_type: Some(7),
-                value_type: float_tensor(),
-            })),
+            of(Value::MapType(Map { key_type: Some(7), value_type: float_tensor() })),
             &[bytes(5, [int(1, 7), bytes(2, float_wire())].concat())],
         );
         same(
-            of(Value::OpaqueType(Opaque {
-                domain: text("d"),
-                name: text("n"),
-            })),
+            of(Value::OpaqueType(Opaque { domain: text("d"), name: text("n") })),
             &[bytes(7, [bytes(1, "d"), bytes(2, "n")].concat())],
         );
         same(
-            of(Value::SparseTensorType(SparseTensor {
-                elem_type: Some(1),
-                shape: Some(shape),
-            })),
+            of(Value::SparseTensorType(SparseTensor { elem_type: Some(1), shape: Some(shape) })),
             &[bytes(8, [int(1, 1), shape_wire()].concat())],
         );
-        same(
-            of(Value::OptionalType(Optional {
-                elem_type: float_tensor(),
-            })),
-            &[bytes(9, bytes(1, float_wire()))],
-        );
+        same(of(Value::OptionalType(Optional { elem_type: float_tensor() })), &[bytes(9, bytes(1, float_wire()))]);
     }
 
     #[test]
     fn device_fields() {
         same(
-            DeviceConfigurationProto {
-                name: text("two"),
-                num_devices: Some(2),
-                device: vec!["a".into(), "b".into()],
-            },
+            DeviceConfigurationProto { name: text("two"), num_devices: Some(2), device: vec!["a".into(), "b".into()] },
             &[bytes(1, "two"), int(2, 2), bytes(3, "a"), bytes(3, "b")],
         );
 
-        let length = |dim, num_shards| SimpleShardedDimProto {
-            num_shards: Some(num_shards),
-            dim: Some(dim),
-        };
+        let length = |dim, num_shards| SimpleShardedDimProto { num_shards: Some(num_shards), dim: Some(dim) };
         same(
             NodeDeviceConfigurationProto {
                 configuration_id: text("two"),
                 sharding_spec: vec![ShardingSpecProto {
                     tensor_name: text("x"),
                     device: vec![-1, 1],
-                    index_to_device_group_map: vec![IntIntListEntryProto {
-                        key: Some(-1),
-                        value: vec![0, 1],
-                    }],
+                    index_to_device_group_map: vec![IntIntListEntryProto { key: Some(-1), value: vec![0, 1] }],
                     sharded_dim: vec![ShardedDimProto {
                         axis: Some(-1),
                         simple_sharding: vec![
@@ -1094,25 +1023,16 @@ mod tests {
 
     #[test]
     fn raw_data_shares_the_buffer_it_was_decoded_from() {
-        let tensor = TensorProto {
-            raw_data: Some(Bytes::from(vec![7; 100])),
-            ..Default::default()
-        };
+        let tensor = TensorProto { raw_data: Some(Bytes::from(vec![7; 100])), ..Default::default() };
         let model = ModelProto {
-            graph: Some(GraphProto {
-                initializer: vec![tensor],
-                ..Default::default()
-            }),
+            graph: Some(GraphProto { initializer: vec![tensor], ..Default::default() }),
             ..Default::default()
         };
         let file = Bytes::from(model.encode_to_vec());
 
         let decoded = ModelProto::decode(file.clone()).unwrap();
 
-        let raw = decoded.graph.as_ref().unwrap().initializer[0]
-            .raw_data
-            .as_ref()
-            .unwrap();
+        let raw = decoded.graph.as_ref().unwrap().initializer[0].raw_data.as_ref().unwrap();
         assert!(file.as_ptr_range().contains(&raw.as_ptr()));
         assert_eq!(decoded, model);
     }

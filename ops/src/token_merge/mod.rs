@@ -107,7 +107,7 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let count_a = body.op("Div", "count_a", &[left, two]);
 
     // Unit rows, guarded against rows of zeros.
-    let metric = body.to_f32(metric, "metric_f32");
+    let metric = body.as_f32(metric, "metric_f32");
     let squares = body.op("Mul", "squares", &[metric, metric]);
     let norm = body.sum_last(squares, "norm_squared");
     let norm = body.op("Sqrt", "norm", &[norm]);
@@ -146,7 +146,9 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let all = body.iota(tokens, "positions");
     let fixed = |body: &mut Body, start: ValueId, end: ValueId, step: i64, name: &str| {
         let row = body.slice(all, start, end, 0, step, &format!("{name}_row"));
-        body.op("Add", name, &[per_image, row])
+        // The larger of zero and a position is the position. Not a sum: ONNX Runtime up to 1.20 takes adding an empty
+        // row (no protected tokens) for adding nothing, and loses the change of shape.
+        body.op("Max", name, &[per_image, row])
     };
     let front = fixed(body, zero, protect, 1, "front");
     let receiving = fixed(body, first_b, end, 2, "receiving");
@@ -162,7 +164,7 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let slot_ids = body.unsqueeze(slot_ids, &[0, 2], "slot_column");
     let into_row = body.unsqueeze(into, &[1], "into_row");
     let joins = body.op("Equal", "joins", &[slot_ids, into_row]);
-    let joins = body.to_f32(joins, "joins_f32");
+    let joins = body.as_f32(joins, "joins_f32");
     let size_anchor = body.rows(size, anchor, "size_of_anchor");
     let size_leaving = body.rows(size, leaving_at, "size_of_leaving");
     let joined = body.op("MatMul", "size_joined", &[joins, size_leaving]);
@@ -174,9 +176,9 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let shares = body.op("Div", "shares", &[weighted, size_out]);
 
     let x_anchor = body.rows(x, anchor, "x_of_anchor");
-    let x_anchor = body.to_f32(x_anchor, "x_of_anchor_f32");
+    let x_anchor = body.as_f32(x_anchor, "x_of_anchor_f32");
     let x_leaving = body.rows(x, leaving_at, "x_of_leaving");
-    let x_leaving = body.to_f32(x_leaving, "x_of_leaving_f32");
+    let x_leaving = body.as_f32(x_leaving, "x_of_leaving_f32");
     let kept = body.op("Mul", "kept", &[x_anchor, share_anchor]);
     let added = body.op("MatMul", "added", &[shares, x_leaving]);
     let merged = body.op("Add", "merged", &[kept, added]);

@@ -112,7 +112,9 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
         }
         if pinned.contains(&id) || read.len() > 1 || meets_restored {
             if softmaxes.contains(&id) {
-                return Err(rewriter.pinned(id, "it is an attention over tokens of which some were merged and some not"));
+                return Err(
+                    rewriter.pinned(id, "it is an attention over tokens of which some were merged and some not")
+                );
             }
             if read.iter().any(|&stage| stage > 0) {
                 stages.restore_at.push(id);

@@ -185,7 +185,8 @@ impl Rewriter<'_> {
         let operand = self.replacement(operand);
         let tokens = self.cast(operand, dtype, DataType::F32, &format!("{hint}/tokens_f32"));
         let weighted = self.patch.op("Mul", &format!("{hint}/weighted"), &[tokens, weights], &[]);
-        let sum = self.patch.op("ReduceSum", &format!("{hint}/weighted_sum"), &[weighted, axes], &[keep.clone()]);
+        let sum =
+            self.patch.op("ReduceSum", &format!("{hint}/weighted_sum"), &[weighted, axes], std::slice::from_ref(&keep));
         let pooled = if mean {
             let total = self.patch.op("ReduceSum", &format!("{hint}/total_size"), &[weights, axes], &[keep]);
             self.patch.op("Div", &format!("{hint}/weighted_mean"), &[sum, total], &[])

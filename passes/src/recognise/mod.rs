@@ -287,7 +287,8 @@ impl Recogniser<'_> {
             if is_block(&cores[0], &axes, graph) {
                 if rank != 3 || axis == 2 {
                     let node = graph.producer(origin).map_or(String::new(), |(node, _)| graph.describe(node));
-                    let reason = format!("it gives a residual stream of {rank} dimensions, not [batch, tokens, channels]");
+                    let reason =
+                        format!("it gives a residual stream of {rank} dimensions, not [batch, tokens, channels]");
                     return Err(Refusal::Pinned { node, reason });
                 }
                 return Ok((axes, StreamAxes { batch: 1 - axis, tokens: axis, channels: 2 }));
