@@ -36,10 +36,10 @@ pub struct MergeArgs {
     /// The model to write
     pub output: PathBuf,
     /// Tokens to merge per block: 8, 16:-1 (falling from 32 to 0), or 8,8,4,0 (per block)
-    #[arg(short, long, value_name = "R", required_unless_present_any = ["ratio", "keep_tokens"], conflicts_with_all = ["ratio", "keep_tokens"])]
+    #[arg(short, long, value_name = "R", allow_negative_numbers = true, required_unless_present_any = ["ratio", "keep_tokens"], conflicts_with_all = ["ratio", "keep_tokens"])]
     pub r: Option<String>,
     /// Share of the unprotected tokens to merge per block, from 0 to 1
-    #[arg(long, value_name = "SHARE", conflicts_with = "keep_tokens")]
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, conflicts_with = "keep_tokens")]
     pub ratio: Option<f64>,
     /// Tokens left after each block, special ones included
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
@@ -146,9 +146,7 @@ pub fn rewrite(args: &RewriteArgs) -> Result<ExitCode> {
 }
 
 fn run(input: &Path, output: &Path, recipe: &Recipe, args: &OutputArgs) -> Result<ExitCode> {
-    let same =
-        std::fs::canonicalize(output).ok().is_some_and(|output| std::fs::canonicalize(input).ok() == Some(output));
-    if same {
+    if is_same_file(input, output) {
         bail!("the output would replace the input '{}': inputs are never modified", input.display());
     }
     let model = Model::read(input)?;
@@ -158,12 +156,27 @@ fn run(input: &Path, output: &Path, recipe: &Recipe, args: &OutputArgs) -> Resul
     let verified = rewritten.verify().map_err(|violations| vitrim_passes::Refusal::Internal(violations.to_string()))?;
     Model::write(verified, output, input)?;
     if args.json {
-        let json = serde_json::json!({ "schema_version": 1, "output": output, "report": report });
+        let json = serde_json::json!({ "schema_version": 1, "output": output.display().to_string(), "report": report });
         print(serde_json::to_string_pretty(&json)? + "\n")?;
     } else {
+        report.notes.iter().for_each(|note| eprintln!("note: {note}"));
         print(text(&report, output))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether both paths lead to one file, be it through links.
+fn is_same_file(a: &Path, b: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let file = |path: &Path| std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+        file(a).is_some_and(|a| file(b) == Some(a))
+    }
+    #[cfg(not(unix))]
+    {
+        std::fs::canonicalize(a).is_ok_and(|a| std::fs::canonicalize(b).is_ok_and(|b| a == b))
+    }
 }
 
 /// The closing report.
@@ -186,9 +199,6 @@ fn text(report: &Report, output: &Path) -> String {
             giga(before.flops),
             giga(after.flops)
         );
-    }
-    for note in &report.notes {
-        text += &format!("note: {note}\n");
     }
     text += &format!("written to {}\n", output.display());
     text

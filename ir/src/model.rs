@@ -103,16 +103,16 @@ impl PartialEq for Source {
     }
 }
 
-/// Why a model could not be read or written.
+/// Why a model could not be read or written. The message says it all; there is no further cause behind it.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum FileError {
-    #[error("cannot read '{}': {}", path.display(), reason(path, source))]
-    Read { path: PathBuf, source: io::Error },
-    #[error("'{}': {source}", path.display())]
-    Decode { path: PathBuf, source: DecodeError },
-    #[error("cannot write '{}': {}", path.display(), reason(path, source))]
-    Write { path: PathBuf, source: io::Error },
+    #[error("cannot read '{}': {}", path.display(), reason(path, error))]
+    Read { path: PathBuf, error: io::Error },
+    #[error("'{}': {error}", path.display())]
+    Decode { path: PathBuf, error: DecodeError },
+    #[error("cannot write '{}': {}", path.display(), reason(path, error))]
+    Write { path: PathBuf, error: io::Error },
 }
 
 /// The error without the path, where it begins with it.
@@ -124,7 +124,7 @@ fn reason(path: &Path, error: &io::Error) -> String {
 impl Model {
     /// Reads a model. Weights are not copied: they stay in the memory maps of the file and of its external data.
     pub fn read(path: &Path) -> Result<Self, FileError> {
-        let read = |source| FileError::Read { path: path.into(), source };
+        let read = |error| FileError::Read { path: path.into(), error };
         let file = MappedFile::open(path).map_err(read)?;
         let mut maps: HashMap<String, Bytes> = HashMap::new();
         let mut external = |location: &str| {
@@ -137,7 +137,7 @@ impl Model {
             maps.insert(location.into(), map.bytes());
             Ok(map.bytes())
         };
-        let decode = |source| FileError::Decode { path: path.into(), source };
+        let decode = |error| FileError::Decode { path: path.into(), error };
         let model = onnx::decode_model(file.bytes(), &mut external).map_err(decode)?;
         Ok(Self { source: Source(Some(file)), ..model })
     }
@@ -206,7 +206,7 @@ impl Model {
     /// `path` may be `source`, but not one of the external files: that would destroy the weights of the source.
     pub fn write(verified: Verified<'_>, path: &Path, source: &Path) -> Result<(), FileError> {
         write_within(verified.model(), path, source, PROTOBUF_LIMIT)
-            .map_err(|source| FileError::Write { path: path.into(), source })
+            .map_err(|error| FileError::Write { path: path.into(), error })
     }
 
     /// Checks every invariant and gives the proof that writing demands.

@@ -19,6 +19,9 @@ pub const VERSION_KEY: &str = "vitrim.version";
 /// Key of the tokens that leave each block.
 pub const TOKENS_KEY: &str = "vitrim.tokens";
 
+/// The newest version of the standard operator set whose operators the rules of the analysis were written for.
+const NEWEST_OPSET: i64 = 24;
+
 /// The version of the format that introduced local functions.
 const FUNCTIONS_SINCE: i64 = 8;
 
@@ -60,6 +63,12 @@ pub fn prepare(model: &Model) -> Result<(Model, Vec<String>), Refusal> {
         notes.push("the model's local functions were inlined".into());
     }
     let opset = model.opsets().standard();
+    if opset > NEWEST_OPSET {
+        return Err(Refusal::Request(format!(
+            "the model uses version {opset} of the standard operator set, which is newer than vitrim knows; export it \
+             again with version {NEWEST_OPSET} or older"
+        )));
+    }
     if lift_opset(&mut model).map_err(|error: LiftError| Refusal::Request(error.to_string()))? {
         notes.push(format!("the model was lifted from opset {opset} to {LIFTED}"));
     }

@@ -27,7 +27,8 @@ impl FromStr for Schedule {
     fn from_str(text: &str) -> Result<Self, String> {
         let number = |text: &str| {
             text.trim()
-                .parse::<usize>()
+                .parse::<u32>()
+                .map(|number| number as usize)
                 .map_err(|_| format!("'{text}' is no number of tokens (a whole number from 0 up)"))
         };
         if let Some((r, bend)) = text.split_once(':') {

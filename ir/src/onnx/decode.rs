@@ -100,8 +100,9 @@ pub(crate) fn decode_model(bytes: Bytes, files: ExternalFiles<'_>) -> Result<Mod
 /// The reason without the path of messages that leads to it, which can be very long.
 fn malformed(error: prost::DecodeError) -> DecodeError {
     let text = error.to_string();
-    let reason = text.rsplit(": ").next().unwrap_or_default();
-    if reason == "recursion limit reached" { DecodeError::TooDeep } else { DecodeError::Malformed(reason.into()) }
+    let messages = |part: &&str| part.starts_with(char::is_uppercase);
+    let reason = text.split(": ").skip(1).skip_while(messages).collect::<Vec<_>>().join(": ");
+    if reason == "recursion limit reached" { DecodeError::TooDeep } else { DecodeError::Malformed(reason) }
 }
 
 fn opsets(imports: Vec<OperatorSetIdProto>, place: &str) -> Result<Opsets> {

@@ -7,6 +7,7 @@ use vitrim_ir::{Attribute, DataType, Effect, NodeId, Span, Tensor, ValueId};
 
 use super::{Reduction, Rewriter};
 use crate::Refusal;
+use crate::recognise::Core;
 
 impl Rewriter<'_> {
     pub(super) fn weigh(&mut self) -> Result<(), Refusal> {
@@ -44,10 +45,9 @@ impl Rewriter<'_> {
     }
 
     fn attend(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {
-        if let Some(core) = self.vit.blocks.iter().map(|block| &block.core).find(|core| core.softmax == id) {
-            if std::env::var_os("VFORM").is_some() || core.is_fused() {
-                return self.attend_fused(core.mix, core.slots.value, stage);
-            }
+        let core = self.vit.blocks.iter().map(|block| &block.core).find(|core| core.softmax == id);
+        if let Some(core) = core.filter(|core| core.is_fused() || self.sizes_can_ride(core)) {
+            return self.weigh_values(core.mix, core.slots.value, stage);
         }
         let (graph, vit) = (self.graph, self.vit);
         let node = graph.node(id);
@@ -103,9 +103,42 @@ impl Rewriter<'_> {
         Ok(())
     }
 
-    /// Without touching the scores: softmax(l + log s)·v = (P·[s⊙v]) / (P·s) with P = softmax(l). Sizes scale the
-    /// values and ride along as one more channel.
-    fn attend_fused(&mut self, id: NodeId, slot: usize, stage: usize) -> Result<(), Refusal> {
+    /// Whether a decomposed attention has values `[B, H, N, d]` in float32: then its scores need not be touched.
+    fn sizes_can_ride(&self, core: &Core) -> bool {
+        let Some(values) = core.value(self.graph) else { return false };
+        let layout = self.vit.axes.layout(values);
+        let four = layout.is_some_and(|layout| layout.rank() == 4 && layout.token_axis() == Some((2, Span::ALL)));
+        let batch_first = layout.is_some_and(|layout| layout.0[0].plain_extent() == Some(self.vit.batch()));
+        let mix = self.graph.node(core.mix);
+        let form = four && batch_first && mix.is("MatMul") && core.slots.value == 1;
+        form && self.dtype(values) == DataType::F32 && self.only_mix_reads_weights(core)
+    }
+
+    /// Whether the weights of an attention go nowhere but to its values. Where they are an output, say, they must be
+    /// the proportional ones.
+    fn only_mix_reads_weights(&self, core: &Core) -> bool {
+        let mut open: Vec<ValueId> = self.graph.node(core.softmax).results().collect();
+        let mut steps = 0;
+        while let Some(value) = open.pop() {
+            steps += 1;
+            if steps > 16 || self.graph.output_slots(value).next().is_some() {
+                return false;
+            }
+            for used in self.graph.value(value).uses().iter().filter(|used| used.node != core.mix) {
+                let between =
+                    ["Cast", "Where", "IsNaN", "Identity", "Dropout"].map(|name| self.graph.node(used.node).is(name));
+                if !between.contains(&true) {
+                    return false;
+                }
+                open.extend(self.graph.node(used.node).results());
+            }
+        }
+        true
+    }
+
+    /// Proportional attention without touching the scores: softmax(l + log s)·v = (P·[s⊙v]) / (P·s) with
+    /// P = softmax(l). Sizes scale the values and ride along as one more channel.
+    fn weigh_values(&mut self, id: NodeId, slot: usize, stage: usize) -> Result<(), Refusal> {
         let node = self.graph.node(id);
         let (Some(values), Some(result)) = (node.input(slot), node.output(0)) else { return Ok(()) };
         let rank = self.vit.axes.layout(values).map(|layout| layout.rank());
