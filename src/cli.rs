@@ -2,7 +2,9 @@
 //!
 //! 0: done. 1: a check failed. 2: refused, or bad input; nothing was written. 3: an error of vitrim itself.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use clap::{Parser, Subcommand};
 use vitrim_passes::Refusal;
@@ -36,6 +38,9 @@ const REFUSED: u8 = 2;
 /// Exit code of defects of vitrim.
 const INTERNAL: u8 = 3;
 
+/// What the last panic said, and where it was.
+static LAST_PANIC: Mutex<String> = Mutex::new(String::new());
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let command = match Cli::try_parse() {
@@ -47,7 +52,17 @@ pub fn main() -> ExitCode {
             return ExitCode::from(code);
         }
     };
-    // A panic is a defect: it must not look like a refusal, nor leave the user without a word.
+    // A panic is a defect: it must not look like a refusal, nor leave the user without a word. Those of a runtime are
+    // caught and become errors; only one that arrives here is told.
+    std::panic::set_hook(Box::new(|info| {
+        let reason = info.payload_as_str().unwrap_or("no reason given");
+        let place = info.location().map(|place| format!(" ({place})")).unwrap_or_default();
+        let trace = Backtrace::capture();
+        let trace = if trace.status() == BacktraceStatus::Captured { format!("\n{trace}") } else { String::new() };
+        if let Ok(mut last) = LAST_PANIC.lock() {
+            *last = format!("{reason}{place}{trace}");
+        }
+    }));
     let outcome = std::panic::catch_unwind(|| match &command {
         Command::Inspect(args) => inspect::run(args),
         Command::Merge(args) => rewrite::merge(args),
@@ -62,6 +77,10 @@ pub fn main() -> ExitCode {
             let internal = matches!(error.downcast_ref::<Refusal>(), Some(Refusal::Internal(_)));
             ExitCode::from(if internal { INTERNAL } else { REFUSED })
         }
-        Err(_) => ExitCode::from(INTERNAL),
+        Err(_) => {
+            let panic = LAST_PANIC.lock().map(|last| last.clone()).unwrap_or_default();
+            eprintln!("vitrim: internal error, please report it: {panic}");
+            ExitCode::from(INTERNAL)
+        }
     }
 }

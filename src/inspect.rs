@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde::Serialize;
 use vitrim_ir::Model;
 use vitrim_passes::driver;
@@ -170,6 +170,7 @@ impl Found {
 /// Runs `vitrim inspect`.
 pub fn run(args: &InspectArgs) -> Result<ExitCode> {
     let model = Model::read(&args.model)?;
+    model.verify().with_context(|| format!("'{}' is not a valid model", args.model.display()))?;
     let inspection = Inspection::of(&model);
     let code = if inspection.vit { ExitCode::SUCCESS } else { ExitCode::from(2) };
     match (&inspection.found, &inspection.reason) {

@@ -540,7 +540,7 @@ fn files_without_permission_are_refused() {
     use std::os::unix::fs::PermissionsExt;
     let folder = Folder::new();
     let path = folder.write("in.onnx", &vit_bytes());
-    fs::set_permissions(&path, fs::Permissions::from_mode(0)).expect("permissions can be set");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).expect("permissions can be set");
     if fs::read(&path).is_ok() {
         // The superuser reads everything.
         return;

@@ -55,6 +55,8 @@ pub struct AtomicFile {
     flushed: u64,
     error: Option<io::Error>,
     sources: Vec<MappedFile>,
+    /// Room for copying from sources.
+    window: Vec<u8>,
 }
 
 impl AtomicFile {
@@ -103,6 +105,7 @@ impl AtomicFile {
             flushed: 0,
             error: None,
             sources: Vec::new(),
+            window: Vec::new(),
         })
     }
 
@@ -119,8 +122,8 @@ impl AtomicFile {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Lets the kernel copy what comes from `source`: from now on, a slice of at least 1 MiB of its
-    /// [`bytes`](MappedFile::bytes) is not even looked at. What is written is the same with and without.
+    /// Copies what comes from `source` by reading that file: from now on, a slice of at least 1 MiB of its
+    /// [`bytes`](MappedFile::bytes) is not looked at in memory. What is written is the same with and without.
     pub fn copy_from(&mut self, source: &MappedFile) {
         self.sources.push(source.clone());
     }
@@ -177,14 +180,13 @@ impl AtomicFile {
     }
 
     fn try_write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        let mut copied = 0;
         if bytes.len() >= BLOCK {
             let source = self.sources.iter().find_map(|map| Some((map, map.offset_of(bytes)?)));
             if let Some((map, offset)) = source {
-                copied = map.append_to(&self.file, offset, bytes.len())?;
+                return map.append_to(&self.file, offset, bytes.len(), &mut self.window);
             }
         }
-        self.file.write_all(&bytes[copied..])
+        self.file.write_all(bytes)
     }
 }
 

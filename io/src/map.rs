@@ -3,7 +3,7 @@
 use std::{
     fmt,
     fs::{File, OpenOptions},
-    io,
+    io::{self, Write},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -78,44 +78,55 @@ impl MappedFile {
         inside.then(|| slice.start.addr() - map.start.addr())
     }
 
-    /// Has the kernel append `length` bytes from `offset` on to `target`, without mapping them in.
+    /// Appends `length` bytes from `offset` on to `target`, by way of `window`, without mapping them in.
     ///
-    /// Returns how many it copied: fewer than `length` where the kernel cannot copy between the two file systems. The
-    /// caller then writes the rest.
+    /// Reading into a small buffer that stays in the cache and writing from there takes two thirds of the time of
+    /// `copy_file_range` on ext4, which goes page by page, and half of that of writing from the mapping, which faults
+    /// every page in.
     ///
     /// # Errors
     ///
-    /// A failure to read, or [`io::ErrorKind::UnexpectedEof`] if the file has become shorter: looking at the missing
-    /// bytes would end the process.
-    #[cfg(target_os = "linux")]
-    pub(crate) fn append_to(&self, target: &File, offset: usize, length: usize) -> io::Result<usize> {
-        use rustix::io::Errno;
-
-        let mut from = offset as u64;
-        let end = from + length as u64;
+    /// A failure to read or write, or [`io::ErrorKind::UnexpectedEof`] if the file has become shorter: looking at the
+    /// missing bytes would end the process.
+    pub(crate) fn append_to(
+        &self,
+        mut target: &File,
+        offset: usize,
+        length: usize,
+        window: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        window.resize(WINDOW, 0);
+        let end = offset + length;
+        let mut from = offset;
         while from < end {
-            let left = (end - from) as usize;
-            match rustix::fs::copy_file_range(&*self.file, Some(&mut from), target, None, left) {
-                Ok(0) if self.file.metadata()?.len() < end => {
+            let part = &mut window[..WINDOW.min(end - from)];
+            let count = match read_at(&self.file, part, from as u64) {
+                Ok(0) => {
                     let message = format!("{}: became shorter while it was read", self.path.display());
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, message));
                 }
-                Ok(0) => break,
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(Errno::IO) => return Err(at(&self.path)(Errno::IO.into())),
-                // Mostly file systems that cannot; a lasting failure, such as a full disk, comes up again in the
-                // caller's write.
-                Err(_) => break,
-            }
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(at(&self.path)(error)),
+            };
+            target.write_all(&part[..count])?;
+            from += count;
         }
-        Ok(from as usize - offset)
+        Ok(())
     }
+}
 
-    /// Copies nothing: only Linux can.
-    #[cfg(not(target_os = "linux"))]
-    pub(crate) fn append_to(&self, _: &File, _: usize, _: usize) -> io::Result<usize> {
-        Ok(0)
-    }
+/// Bytes that are copied at a time: few enough to stay in the processor's cache.
+const WINDOW: usize = 2 << 20;
+
+#[cfg(unix)]
+fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, buffer, offset)
 }
 
 /// Without the contents.

@@ -135,8 +135,16 @@ impl Align {
 impl Recipe {
     /// Reads a recipe from TOML.
     pub fn parse(text: &str) -> Result<Self, Refusal> {
-        toml::from_str(text)
-            .map_err(|error| Refusal::Request(format!("the recipe is not valid: {}", error.to_string().trim())))
+        let refused = |error: toml::de::Error| {
+            let before = error.span().map_or(0, |span| span.start);
+            let line = 1 + text.bytes().take(before).filter(|&byte| byte == b'\n').count();
+            Refusal::Request(format!("the recipe is not valid: line {line}: {}", error.message().replace('\n', ", ")))
+        };
+        let recipe: Self = toml::from_str(text).map_err(refused)?;
+        if recipe.passes.is_empty() {
+            return Err(Refusal::Request("the recipe is not valid: it has no pass ([[pass]])".into()));
+        }
+        Ok(recipe)
     }
 
     /// The recipe as TOML.

@@ -8,6 +8,7 @@ pub const MODEL_OPSET: u64 = 8;
 pub const GRAPH_NODE: u64 = 1;
 pub const GRAPH_INITIALIZER: u64 = 5;
 pub const GRAPH_INPUT: u64 = 11;
+pub const TENSOR_RAW: u64 = 9;
 pub const NODE_ATTRIBUTE: u64 = 5;
 pub const ATTRIBUTE_GRAPH: u64 = 6;
 
@@ -51,9 +52,13 @@ pub fn tensor(name: &str, dims: &[i64], rest: &[u8]) -> Vec<u8> {
 
 /// A float tensor of two elements in an external file.
 pub fn external(entries: &[(&str, &str)]) -> Vec<u8> {
+    tensor("elsewhere", &[2], &external_data(entries))
+}
+
+/// What a tensor says of the external file that it is in.
+pub fn external_data(entries: &[(&str, &str)]) -> Vec<u8> {
     let entry = |(key, value): &(&str, &str)| bytes(13, [bytes(1, key), bytes(2, value)].concat());
-    let rest = [entries.iter().flat_map(entry).collect(), int(14, 1)].concat();
-    tensor("elsewhere", &[2], &rest)
+    entries.iter().flat_map(entry).chain(int(14, 1)).collect()
 }
 
 /// An input of the graph, of floats.
@@ -73,36 +78,50 @@ pub fn with(model: &[u8], field: u64, content: &[u8]) -> Vec<u8> {
     [model, &bytes(MODEL_GRAPH, bytes(field, content))].concat()
 }
 
+/// A number at the front, which is cut off.
+fn take(bytes: &mut &[u8]) -> u64 {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first().expect("the message is whole");
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            break;
+        }
+    }
+    value
+}
+
 /// The fields of a message: number, and the bytes of the whole field.
 pub fn fields(mut message: &[u8]) -> Vec<(u64, &[u8])> {
-    fn number(bytes: &mut &[u8]) -> u64 {
-        let mut value = 0;
-        for shift in (0..64).step_by(7) {
-            let (&byte, rest) = bytes.split_first().expect("the message is whole");
-            *bytes = rest;
-            value |= u64::from(byte & 0x7f) << shift;
-            if byte < 0x80 {
-                break;
-            }
-        }
-        value
-    }
     let mut found = Vec::new();
     while !message.is_empty() {
         let mut rest = message;
-        let tag = number(&mut rest);
-        match tag & 7 {
-            0 => drop(number(&mut rest)),
-            2 => {
-                let length = number(&mut rest) as usize;
-                rest = &rest[length..];
+        let tag = take(&mut rest);
+        let length = match tag & 7 {
+            0 => {
+                take(&mut rest);
+                0
             }
+            1 => 8,
+            2 => take(&mut rest) as usize,
+            5 => 4,
             kind => panic!("no field of kind {kind} is in a fixture's model"),
-        }
+        };
+        rest = &rest[length..];
         found.push((tag >> 3, &message[..message.len() - rest.len()]));
         message = rest;
     }
     found
+}
+
+/// What a field of bytes holds.
+pub fn content(mut field: &[u8]) -> &[u8] {
+    if take(&mut field) & 7 != 2 {
+        return &[];
+    }
+    take(&mut field);
+    field
 }
 
 /// `levels` messages inside each other, with `path` as the fields on the way; written from the inside outwards, so

@@ -3,10 +3,12 @@
 //! Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461). One patch does it all:
 //!
 //! 1. at every cut whose block removes tokens, the residual stream goes through `TokenMerge` ([`stages`]);
-//! 2. operators that state the token count get the right one ([`recount`]);
+//! 2. operators that state the token count get the right one ([`recount`]), and what is computed from it keeps the old
+//!    one ([`counts`]);
 //! 3. attention over merged tokens becomes proportional, means become size-weighted ([`weigh`]);
 //! 4. what leaves the model with an entry for each token is restored ([`restore`]).
 
+mod counts;
 mod metric;
 mod recount;
 mod restore;
@@ -110,7 +112,13 @@ impl Merge {
         let mut notes = Vec::new();
         let (removed, steps) = match vit.tokens().as_known() {
             Some(tokens) => {
-                let steps = self.schedule.steps(depth, tokens as usize, protect + suffix, self.align)?;
+                let protected = protect.saturating_add(suffix);
+                if protected >= tokens as usize {
+                    return Err(Refusal::Request(format!(
+                        "all {tokens} tokens are protected: nothing is left to merge"
+                    )));
+                }
+                let steps = self.schedule.steps(depth, tokens as usize, protected, self.align)?;
                 let unaligned = steps.iter().filter(|step| step.unaligned).count();
                 if unaligned > 0 {
                     notes.push(format!(
@@ -159,6 +167,7 @@ impl Merge {
         }
         rewriter.merge_blocks()?;
         rewriter.recount()?;
+        rewriter.keep_counts()?;
         rewriter.weigh()?;
         rewriter.restore()?;
         rewriter.forget_types();
@@ -177,7 +186,7 @@ impl Merge {
             };
             if beyond {
                 return Err(Refusal::Request(format!(
-                    "a head reads tokens by position ({head:?}) that are not protected: {protect} at the front and \
+                    "a head reads tokens by position ({head}) that are not protected: {protect} at the front and \
                      {suffix} at the end are; protect more with --protect"
                 )));
             }

@@ -9,11 +9,11 @@ impl Rewriter<'_> {
     pub(super) fn recount(&mut self) -> Result<(), Refusal> {
         for (id, effect) in self.effects() {
             let node = self.graph.node(id);
-            let Some(stage) = node.results().find_map(|value| self.stages.of(value)).filter(|&stage| stage > 0) else {
-                continue;
-            };
+            let Some(stage) = node.results().find_map(|value| self.stages.of(value)) else { continue };
             match effect {
+                // Before the first merge too: shape arithmetic that is left over there costs time and, on a GPU, copies.
                 Effect::Shape { slot } => self.restate_shape(id, slot, stage)?,
+                _ if stage == 0 => {}
                 Effect::SliceEnd { slot } => self.restate_end(id, slot)?,
                 Effect::UniformTable { slot } => self.shrink_table(id, slot),
                 _ => {}

@@ -152,10 +152,10 @@ impl Rewriter<'_> {
                 let ones = self.vitrim(&TokenSize, "vitrim/initial_size", &[x], &[], 1)[0];
                 let axis = self.patch.constant("vitrim/source_axis", Tensor::shape(&[2]));
                 let ones = self.patch.op("Squeeze", "vitrim/source_ones", &[ones, axis], &[]);
-                let integers = self.cast(ones, DataType::F32, DataType::I64, "vitrim/source_counts");
                 let along = self.patch.constant("vitrim/source_along", Tensor::i64(1));
                 let exclusive = [("exclusive", Attribute::Int(1))];
-                self.patch.op("CumSum", "vitrim/source_own", &[integers, along], &exclusive)
+                let own = self.patch.op("CumSum", "vitrim/source_counts", &[ones, along], &exclusive);
+                self.cast(own, DataType::F32, DataType::I64, "vitrim/source_own")
             }
         };
         let dim = |extent: &vitrim_ir::Expr| match (extent.as_known(), extent.as_symbol()) {

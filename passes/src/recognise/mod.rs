@@ -11,6 +11,7 @@ mod flow;
 mod special;
 
 use std::collections::HashSet;
+use std::fmt;
 
 use serde::Serialize;
 use vitrim_ir::{Axes, Effect, Expr, Graph, Model, NodeId, Shapes, Span, ValueId};
@@ -111,6 +112,19 @@ pub enum Head {
         /// Its name.
         output: String,
     },
+}
+
+impl fmt::Display for Head {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pick { first, count: 1 } => write!(f, "token {first}"),
+            Self::Pick { first, count } => write!(f, "{count} tokens from {first} on"),
+            Self::Mean { front, back } => write!(f, "the mean without the first {front} and last {back}"),
+            Self::Extreme => f.write_str("the largest or smallest entry"),
+            Self::AttentionPool => f.write_str("attention of a learned query"),
+            Self::PerToken { output } => write!(f, "the output '{output}'"),
+        }
+    }
 }
 
 /// A node through which tokens cannot be followed.

@@ -1,0 +1,129 @@
+//! Token counts that the model computes with keep their values.
+//!
+//! A merge changes what `Shape` and `Size` say of the tensors behind it. Shapes of tokens are stated anew
+//! ([`super::recount`]); anything else that a count goes into (a factor, a mask, an output) was made for the old one.
+
+use std::collections::HashSet;
+
+use vitrim_ir::{Attribute, Axis, Effect, Node, Span, Tensor, Use, ValueId};
+
+use super::Rewriter;
+use crate::Refusal;
+
+impl Rewriter<'_> {
+    pub(super) fn keep_counts(&mut self) -> Result<(), Refusal> {
+        let graph = self.graph;
+        let restated = self.restated();
+        for (id, node) in graph.nodes().filter(|(_, node)| node.is("Shape") || node.is("Size")) {
+            let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { continue };
+            if self.stage_read(operand).is_none_or(|stage| stage == 0) {
+                continue;
+            }
+            let layout = self.vit.axes.layout(operand).cloned().unwrap_or_default();
+            let axes: Vec<(usize, &Axis)> = layout.0.iter().enumerate().collect();
+            let axes = if node.is("Shape") { &axes[range(node, axes.len())] } else { &axes[..] };
+            let harmless = |reader: &Use| node.is("Shape") && self.takes_plain_extents(reader, result, axes);
+            let skipped = |reader: &Use| restated.contains(reader) || harmless(reader);
+            if !self.reaches_output(result, &skipped) {
+                continue;
+            }
+            let origin = self.vit.axes.origin();
+            if self.vit.shapes.dims(operand).is_some_and(|dims| self.vit.shapes.dims(origin) == Some(dims)) {
+                self.patch.rewire(id, 0, origin);
+                continue;
+            }
+            let readers: HashSet<Use> =
+                graph.value(result).uses().iter().copied().filter(|reader| !skipped(reader)).collect();
+            let hint = format!("vitrim/{}", graph.value(result).name());
+            let Some(mut old) = self.old_shape(operand, axes, &hint) else {
+                return Err(self.pinned(id, "it states a token count that is known only at run time"));
+            };
+            if node.is("Size") {
+                old = self.patch.op("ReduceProd", &format!("{hint}/size"), &[old], &[("keepdims", Attribute::Int(0))]);
+            }
+            self.patch.rewire_uses(graph, result, old, |reader| readers.contains(reader));
+            for slot in graph.output_slots(result).collect::<Vec<_>>() {
+                self.patch.replace_output(slot, old);
+            }
+        }
+        Ok(())
+    }
+
+    /// Operands that [`super::recount`] gives the right count.
+    fn restated(&self) -> HashSet<Use> {
+        let slot = |effect: &Effect| match *effect {
+            Effect::Shape { slot } | Effect::SliceEnd { slot } | Effect::UniformTable { slot } => Some(slot),
+            _ => None,
+        };
+        let of_stage = |reader: &Use| {
+            self.graph.node(reader.node).results().any(|value| self.stages.of(value).is_some_and(|s| s > 0))
+        };
+        let effects = self.vit.axes.effects().iter();
+        let uses = effects.filter_map(|(node, effect)| Some(Use { node: *node, slot: Some(slot(effect)?) }));
+        uses.filter(of_stage).collect()
+    }
+
+    /// Whether `reader` takes single extents out of `shape`, none of them a token count.
+    fn takes_plain_extents(&self, reader: &Use, shape: ValueId, axes: &[(usize, &Axis)]) -> bool {
+        let node = self.graph.node(reader.node);
+        let indices =
+            node.input(1).and_then(|indices| self.graph.constant(indices)).and_then(|tensor| tensor.to_i64s());
+        let is_plain = |&index: &i64| {
+            let at = if index < 0 { index + axes.len() as i64 } else { index };
+            usize::try_from(at).is_ok_and(|at| axes.get(at).is_some_and(|(_, axis)| !axis.has_tokens()))
+        };
+        let of_shape = node.is("Gather") && reader.slot == Some(0) && node.input(0) == Some(shape);
+        of_shape && indices.is_some_and(|indices| indices.iter().all(is_plain))
+    }
+
+    /// Whether an output of the model depends on `value` through readers other than those to skip.
+    fn reaches_output(&self, value: ValueId, skipped: &dyn Fn(&Use) -> bool) -> bool {
+        let mut seen = HashSet::from([value]);
+        let mut open = vec![value];
+        while let Some(value) = open.pop() {
+            if self.graph.output_slots(value).next().is_some() {
+                return true;
+            }
+            let readers = self.graph.value(value).uses().iter().filter(|reader| !skipped(reader));
+            let results = readers.flat_map(|reader| self.graph.node(reader.node).results());
+            open.extend(results.filter(|&result| seen.insert(result)));
+        }
+        false
+    }
+
+    fn old_extent(&self, axis: &Axis) -> Option<i64> {
+        axis.extent(self.vit.tokens())?.as_known()
+    }
+
+    /// Extents of `operand` as they were before any merge.
+    fn old_shape(&mut self, operand: ValueId, axes: &[(usize, &Axis)], hint: &str) -> Option<ValueId> {
+        let known: Option<Vec<i64>> = axes.iter().map(|(_, axis)| self.old_extent(axis)).collect();
+        if let Some(shape) = known {
+            return Some(self.patch.constant(&format!("{hint}/old"), Tensor::shape(&shape)));
+        }
+        let along = [("axis", Attribute::Int(0))];
+        let mut parts = Vec::with_capacity(axes.len());
+        for &(at, axis) in axes {
+            let (source, from) = match self.old_extent(axis) {
+                Some(extent) => {
+                    parts.push(self.patch.constant(&format!("{hint}/extent{at}"), Tensor::shape(&[extent])));
+                    continue;
+                }
+                None if !axis.has_tokens() => (self.replacement(operand), at),
+                None if axis.only_tokens() == Some(Span::ALL) => (self.vit.axes.origin(), self.vit.stream.tokens),
+                None => return None,
+            };
+            let shape = self.patch.op("Shape", &format!("{hint}/shape{at}"), &[source], &[]);
+            let index = self.patch.constant(&format!("{hint}/axis{at}"), Tensor::shape(&[from as i64]));
+            parts.push(self.patch.op("Gather", &format!("{hint}/extent{at}"), &[shape, index], &along));
+        }
+        Some(self.patch.op("Concat", &format!("{hint}/old"), &parts, &along))
+    }
+}
+
+/// The axes whose extents a `Shape` gives.
+fn range(node: &Node, rank: usize) -> std::ops::Range<usize> {
+    let position = |at: i64| (if at < 0 { at.saturating_add(rank as i64) } else { at }).clamp(0, rank as i64) as usize;
+    let first = position(node.int("start").unwrap_or(0));
+    first..position(node.int("end").unwrap_or(rank as i64)).max(first)
+}

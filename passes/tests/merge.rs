@@ -1,0 +1,166 @@
+//! The merge pass: what it writes, and what it refuses.
+
+use std::fs;
+use std::path::Path;
+
+use vitrim_ir::{Attribute, DataType, DimSpec, GraphBuilder, Model, Tensor, TensorType, ValueId, print_graph};
+use vitrim_passes::Refusal;
+use vitrim_passes::driver::{self, Options};
+use vitrim_passes::recipe::Recipe;
+
+fn fixture(name: &str) -> Model {
+    Model::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../fixtures/zoo").join(format!("{name}.onnx"))).unwrap()
+}
+
+fn merge(model: &Model, keys: &str) -> Result<Model, Refusal> {
+    let recipe = Recipe::parse(&format!("[[pass]]\nkind = \"merge\"\n{keys}")).unwrap();
+    driver::rewrite(model, &recipe, Options::default()).map(|(model, _)| model)
+}
+
+fn refusal(model: &Model, keys: &str) -> String {
+    merge(model, keys).unwrap_err().to_string()
+}
+
+/// Compares with `tests/golden/NAME.txt`; `VITRIM_BLESS=1` writes it anew.
+fn check(name: &str, model: &Model) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{name}.txt"));
+    let text = print_graph(model.graph());
+    if std::env::var_os("VITRIM_BLESS").is_some() {
+        fs::write(&path, text).unwrap();
+        return;
+    }
+    let golden = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        golden == text,
+        "{} differs; run with VITRIM_BLESS=1 if that is right, and read the change",
+        path.display()
+    );
+}
+
+#[test]
+fn decomposed_attention() {
+    check("timm_vit_ts17_unfused.merged", &merge(&fixture("timm_vit_ts17_unfused"), "r = 4").unwrap());
+}
+
+#[test]
+fn fused_attention_stays_fused() {
+    let merged = merge(&fixture("timm_vit_dynamo23_fused"), "r = 4").unwrap();
+    assert_eq!(merged.graph().nodes().filter(|(_, node)| node.is("Attention")).count(), 4);
+    check("timm_vit_dynamo23_fused.merged", &merged);
+}
+
+#[test]
+fn outputs_with_an_entry_for_each_token_are_restored() {
+    check("timm_vit_features_ts17.merged", &merge(&fixture("timm_vit_features_ts17"), "r = [8, 0, 8]").unwrap());
+}
+
+#[test]
+fn nothing_to_merge_changes_nothing() {
+    let model = fixture("timm_vit_ts17_unfused");
+    let bytes = |model: &Model| Model::to_bytes(model.verify().unwrap());
+    assert!(bytes(&merge(&model, "r = 0").unwrap()) == bytes(&model), "the file changed");
+}
+
+#[test]
+fn windows_are_refused() {
+    let reason = refusal(&fixture("timm_swin_ts17"), "r = 4");
+    assert!(reason.starts_with("the tokens cannot be regrouped: Pad '"), "{reason}");
+}
+
+#[test]
+fn a_class_token_that_is_not_protected_is_refused() {
+    let reason = refusal(&fixture("timm_vit_ts17_unfused"), "r = 4\nprotect = 0");
+    assert!(reason.contains("reads tokens by position"), "{reason}");
+}
+
+#[test]
+fn a_rewritten_model_is_refused() {
+    let merged = merge(&fixture("timm_vit_ts17_unfused"), "r = 4").unwrap();
+    let reason = refusal(&merged, "r = 4");
+    assert!(reason.contains("was rewritten before"), "{reason}");
+}
+
+const TOKENS: usize = 16;
+const WIDTH: usize = 8;
+
+/// A one-block, one-head ViT without norms or MLP, with what `after` makes of its stream as output.
+fn tiny(after: impl Fn(&mut GraphBuilder, ValueId) -> ValueId) -> Model {
+    let dims = |dims: &[i64]| {
+        let named = std::iter::once(DimSpec::Named("batch".into()));
+        TensorType { dtype: DataType::F32, dims: Some(named.chain(dims.iter().map(|&n| DimSpec::Known(n))).collect()) }
+    };
+    let mut graph = GraphBuilder::new();
+    let image = graph.input("image", Some(&dims(&[3, 16, 16])));
+    let noise = |n: usize| (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 100.0).collect::<Vec<_>>();
+    let kernel = graph.initializer("kernel", Tensor::f32s(&[WIDTH, 3, 4, 4], &noise(WIDTH * 48)));
+    let patches = graph.op("Conv", "patches", &[image, kernel], &[("strides", Attribute::Ints(vec![4, 4]))]);
+    let shape = graph.initializer("shape", Tensor::shape(&[0, WIDTH as i64, -1]));
+    let flat = graph.op("Reshape", "flat", &[patches, shape], &[]);
+    let x = graph.op("Transpose", "tokens", &[flat], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
+    let project = |graph: &mut GraphBuilder, name: &str| {
+        let weight = graph.initializer(name, Tensor::f32s(&[WIDTH, WIDTH], &noise(WIDTH * WIDTH)));
+        let y = graph.op("MatMul", &format!("{name}/flat"), &[x, weight], &[]);
+        let axis = graph.initializer(&format!("{name}/axis"), Tensor::shape(&[1]));
+        graph.op("Unsqueeze", &format!("{name}/heads"), &[y, axis], &[])
+    };
+    let [q, k, v] = ["q", "k", "v"].map(|name| project(&mut graph, name));
+    let k = graph.op("Transpose", "k/transposed", &[k], &[("perm", Attribute::Ints(vec![0, 1, 3, 2]))]);
+    let scores = graph.op("MatMul", "scores", &[q, k], &[]);
+    let weights = graph.op("Softmax", "weights", &[scores], &[("axis", Attribute::Int(-1))]);
+    let mixed = graph.op("MatMul", "mixed", &[weights, v], &[]);
+    let axis = graph.initializer("head_axis", Tensor::shape(&[1]));
+    let mixed = graph.op("Squeeze", "joined", &[mixed, axis], &[]);
+    let stream = graph.op("Add", "stream", &[x, mixed], &[]);
+    let out = after(&mut graph, stream);
+    graph.output("y", out, None);
+    graph.into_model(8, &[("", 17)], Vec::new())
+}
+
+/// The mean over tokens of a stream.
+fn mean(graph: &mut GraphBuilder, x: ValueId) -> ValueId {
+    graph.op("ReduceMean", "mean", &[x], &[("axes", Attribute::Ints(vec![1])), ("keepdims", Attribute::Int(0))])
+}
+
+#[test]
+fn the_smallest_vit_merges() {
+    let merged = merge(&tiny(mean), "r = 4").unwrap();
+    assert_eq!(merged.graph().nodes().filter(|(_, node)| node.op.domain == "ai.vitrim").count(), 2);
+}
+
+#[test]
+fn a_table_for_each_token_between_blocks_of_tokens_restores_them_first() {
+    // Behind the last attention a table needs all tokens in their places: they are restored before it.
+    let with_table = tiny(|graph, x| {
+        let rows: Vec<f32> = (0..TOKENS * WIDTH).map(|i| i as f32).collect();
+        let table = graph.initializer("table", Tensor::f32s(&[1, TOKENS, WIDTH], &rows));
+        let sum = graph.op("Add", "with_table", &[x, table], &[]);
+        mean(graph, sum)
+    });
+    let merged = merge(&with_table, "r = 4").unwrap();
+    let restores = merged.graph().nodes().filter(|(_, node)| node.op.name == "TokenRestore").count();
+    assert_eq!(restores, 1);
+}
+
+#[test]
+fn a_token_picked_from_the_middle_is_refused() {
+    let picks = tiny(|graph, x| {
+        let place = graph.initializer("place", Tensor::i64(5));
+        graph.op("Gather", "picked", &[x, place], &[("axis", Attribute::Int(1))])
+    });
+    let reason = refusal(&picks, "r = 4");
+    assert!(reason.contains("reads tokens by position") && reason.contains("(token 5)"), "{reason}");
+}
+
+#[test]
+fn attention_without_an_image_is_no_vit() {
+    let mut graph = GraphBuilder::new();
+    let ty = TensorType { dtype: DataType::F32, dims: Some([2, 7, 8].map(DimSpec::Known).to_vec()) };
+    let x = graph.input("embeddings", Some(&ty));
+    let transposed = graph.op("Transpose", "t", &[x], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
+    let scores = graph.op("MatMul", "scores", &[x, transposed], &[]);
+    let weights = graph.op("Softmax", "weights", &[scores], &[("axis", Attribute::Int(-1))]);
+    let mixed = graph.op("MatMul", "mixed", &[weights, x], &[]);
+    graph.output("y", mixed, None);
+    let reason = refusal(&graph.into_model(8, &[("", 17)], Vec::new()), "r = 1");
+    assert!(reason.starts_with("no vision transformer found: "), "{reason}");
+}
