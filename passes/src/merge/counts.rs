@@ -1,7 +1,7 @@
 //! Token counts that the model computes with keep their values.
 //!
 //! A merge changes what `Shape` and `Size` say of the tensors behind it. Shapes of tokens are stated anew
-//! ([`super::recount`]); anything else that a count goes into (a factor, a mask, an output) was made for the old one.
+//! (`recount`); anything else that a count goes into (a factor, a mask, an output) was made for the old one.
 
 use std::collections::HashSet;
 
@@ -49,7 +49,7 @@ impl Rewriter<'_> {
         Ok(())
     }
 
-    /// Operands that [`super::recount`] gives the right count.
+    /// Operands that `recount` gives the right count.
     fn restated(&self) -> HashSet<Use> {
         let slot = |effect: &Effect| match *effect {
             Effect::Shape { slot } | Effect::SliceEnd { slot } | Effect::UniformTable { slot } => Some(slot),

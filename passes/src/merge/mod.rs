@@ -2,11 +2,11 @@
 //!
 //! Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461). One patch does it all:
 //!
-//! 1. at every cut whose block removes tokens, the residual stream goes through `TokenMerge` ([`stages`]);
-//! 2. operators that state the token count get the right one ([`recount`]), and what is computed from it keeps the old
-//!    one ([`counts`]);
-//! 3. attention over merged tokens becomes proportional, means become size-weighted ([`weigh`]);
-//! 4. what leaves the model with an entry for each token is restored ([`restore`]).
+//! 1. at every cut whose block removes tokens, the residual stream goes through `TokenMerge` (`stages`);
+//! 2. operators that state the token count get the right one (`recount`), and what is computed from it keeps the old
+//!    one (`counts`);
+//! 3. attention over merged tokens becomes proportional, means become size-weighted (`weigh`);
+//! 4. what leaves the model with an entry for each token is restored (`restore`).
 
 mod counts;
 mod metric;

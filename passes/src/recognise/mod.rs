@@ -320,12 +320,12 @@ impl Recogniser<'_> {
         })
     }
 
-    fn blocks(&self, cores: &[Core], axes: &Axes, _stream: StreamAxes) -> Result<Vec<Block>, Refusal> {
+    fn blocks(&self, cores: &[Core], axes: &Axes, stream: StreamAxes) -> Result<Vec<Block>, Refusal> {
         let encoder: Vec<&Core> = cores.iter().filter(|core| is_block(core, axes, self.graph)).collect();
         let mut blocks = Vec::with_capacity(encoder.len());
         for (at, core) in encoder.iter().enumerate() {
             let cut = self.cut_after(core, encoder.get(at + 1).map(|next| next.softmax))?;
-            let heads = self.heads_of(core, axes).ok_or_else(|| Refusal::Pinned {
+            let heads = self.heads_of(core, axes, stream).ok_or_else(|| Refusal::Pinned {
                 node: self.graph.describe(core.softmax),
                 reason: "it is an attention whose number of heads is not known".into(),
             })?;
@@ -334,29 +334,18 @@ impl Recogniser<'_> {
         Ok(blocks)
     }
 
-    fn heads_of(&self, core: &Core, axes: &Axes) -> Option<usize> {
+    /// Heads of a block's attention: what its outer axes hold beside the batch.
+    fn heads_of(&self, core: &Core, axes: &Axes, stream: StreamAxes) -> Option<usize> {
         let node = self.graph.node(core.softmax);
-        let (value, attribute) =
-            if core.is_fused() { (core.query(self.graph)?, node.int("q_num_heads")) } else { (node.output(0)?, None) };
-        if let Some(heads) = attribute {
+        if let Some(heads) = node.int("q_num_heads").filter(|_| core.is_fused()) {
             return usize::try_from(heads).ok();
         }
+        let value = if core.is_fused() { core.query(self.graph)? } else { node.output(0)? };
         let layout = axes.layout(value)?;
-        let outer = layout.0.len().checked_sub(2)?;
-        let product = Expr::product(
-            layout.0[..outer].iter().map(|axis| axis.plain_extent()).collect::<Option<Vec<_>>>()?.iter(),
-        )?;
-        let batch = self
-            .shapes
-            .dims(axes.origin())?
-            .iter()
-            .enumerate()
-            .find(|(at, _)| {
-                Some(*at) != axes.layout(axes.origin()).and_then(|layout| layout.token_axis()).map(|(axis, _)| axis)
-            })?
-            .1
-            .clone();
-        usize::try_from(product.div_exact(&batch)?.as_known()?).ok()
+        let outer = &layout.0[..layout.rank().checked_sub(2)?];
+        let extents = outer.iter().map(|axis| axis.plain_extent()).collect::<Option<Vec<_>>>()?;
+        let batch = &self.shapes.dims(axes.origin())?[stream.batch];
+        usize::try_from(Expr::product(&extents)?.div_exact(batch)?.as_known()?).ok()
     }
 
     fn heads(&self, axes: &Axes, blocks: &[Block], last: NodeId) -> Vec<Head> {

@@ -1,0 +1,47 @@
+//! Attention as one operator.
+
+use super::{Context, Flow, Transfer};
+use crate::axes::{Axis, Effect, Layout, Span};
+use crate::graph::Node;
+
+impl Context<'_> {
+    /// The standard operator of version 23: Q, K and V as `[B, H, N, d]` or `[B, N, H·d]`.
+    pub(super) fn attention(&self, node: &Node) -> Transfer {
+        let axes = |slot: usize| self.axes(node.input(slot).ok_or("no operand")?);
+        let (q, k, v) = (axes(0)?, axes(1)?, axes(2)?);
+        if node.int("is_causal").unwrap_or(0) != 0
+            || node.input(4).is_some()
+            || node.input(5).is_some()
+            || node.input(6).is_some()
+        {
+            return Err("its attention is causal or has a cache".into());
+        }
+        let token_axis = if k.len() == 4 { 2 } else { 1 };
+        if k[token_axis].only_tokens() != Some(Span::ALL) || !v[token_axis].same_as(&k[token_axis]) {
+            return Err("its keys and values are not the tokens".into());
+        }
+        let elsewhere = |axes: &[Axis]| axes.iter().enumerate().any(|(at, axis)| at != token_axis && axis.has_tokens());
+        if elsewhere(&q) || elsewhere(&k) || elsewhere(&v) {
+            return Err("it has tokens on another axis than the one it attends over".into());
+        }
+        let mut flow = Flow::default().with(Effect::Attend);
+        if let Some(mask) = node.input(3) {
+            let dims = self.axes(mask)?;
+            let sized = dims.iter().rev().take(2).any(|axis| !axis.atoms().is_empty());
+            if sized && self.shapes.uniform(mask).is_none() {
+                return Err("its mask has an entry for each token".into());
+            }
+            if sized {
+                flow.effects.push(Effect::UniformTable { slot: 3 });
+            }
+        }
+        if node.output(3).is_some() {
+            return Err("its scores are read elsewhere".into());
+        }
+        let mut out = q.clone();
+        let last = out.len() - 1;
+        out[last] = Axis::plain(&self.result_dims(node, 0)?[last]);
+        flow.layouts = vec![Some(Layout(out))];
+        Ok(flow)
+    }
+}

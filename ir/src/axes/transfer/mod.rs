@@ -1,0 +1,139 @@
+//! Transfer rules: what an operator makes of the token axis. One file per family of operators.
+
+mod attention;
+mod elementwise;
+mod moving;
+mod products;
+mod reductions;
+
+use std::collections::HashMap;
+
+use super::{Effect, Layout};
+use crate::graph::{Graph, Node};
+use crate::{Expr, Shapes, ValueId};
+
+/// What an operator does.
+#[derive(Default)]
+pub(super) struct Flow {
+    /// Layout of each result; `None` where no tokens run along it.
+    pub layouts: Vec<Option<Layout>>,
+    pub effects: Vec<Effect>,
+}
+
+impl Flow {
+    fn of(layout: Layout) -> Self {
+        Self { layouts: vec![Some(layout)], effects: Vec::new() }
+    }
+
+    fn with(mut self, effect: Effect) -> Self {
+        self.effects.push(effect);
+        self
+    }
+
+    fn ends(effect: Effect) -> Self {
+        Self { layouts: Vec::new(), effects: vec![effect] }
+    }
+}
+
+type Transfer = Result<Flow, String>;
+
+pub(super) struct Context<'a> {
+    pub graph: &'a Graph,
+    pub shapes: &'a Shapes,
+    pub opset: i64,
+    pub tokens: &'a Expr,
+    /// Extent of the origin's first axis that is not the token axis.
+    pub batch: &'a Expr,
+    pub layouts: &'a HashMap<ValueId, Layout>,
+}
+
+impl Context<'_> {
+    pub fn transfer(&self, node: &Node) -> Transfer {
+        let contrib = node.op.domain == "com.microsoft";
+        if !(node.op.domain.is_empty() || contrib) {
+            return Err(format!("there is no rule for the operator {}", node.op));
+        }
+        match node.op.name.as_str() {
+            "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "Relu"
+            | "LeakyRelu" | "Elu" | "Celu" | "Selu" | "PRelu" | "HardSigmoid" | "HardSwish" | "Mish" | "Swish"
+            | "Sigmoid" | "Tanh" | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal" | "Neg" | "Abs"
+            | "Sign" | "Floor" | "Ceil" | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin" | "Cos" | "CastLike"
+            | "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod" | "And" | "Or" | "Xor"
+            | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" => self.elementwise(node),
+            "QuantizeLinear" | "DequantizeLinear" => self.quantize(node),
+            "DynamicQuantizeLinear" => Ok(Flow::of(self.operand(node, 0)?.clone())),
+            "MatMul" | "MatMulInteger" => self.matmul(node, 0, 1, false, false),
+            "QLinearMatMul" => self.matmul(node, 0, 3, false, false),
+            "FusedMatMul" => {
+                let flag = |name: &str| node.int(name).unwrap_or(0) != 0;
+                if flag("transBatchA") || flag("transBatchB") {
+                    return Err("it transposes batch axes".into());
+                }
+                self.matmul(node, 0, 1, flag("transA"), flag("transB"))
+            }
+            "Gemm" => {
+                let flag = |name: &str| node.int(name).unwrap_or(0) != 0;
+                self.matmul(node, 0, 1, flag("transA"), flag("transB"))
+            }
+            "MatMulNBits" => self.nbits(node),
+            "Einsum" => self.einsum(node),
+            "Transpose" => self.transpose(node),
+            "Reshape" | "Flatten" => self.reshape(node),
+            "Squeeze" => self.squeeze(node),
+            "Unsqueeze" => self.unsqueeze(node),
+            "Split" => self.split(node),
+            "Slice" => self.slice(node),
+            "Gather" => self.gather(node),
+            "Concat" => self.concat(node),
+            "Expand" => self.expand(node),
+            "Softmax" | "LogSoftmax" => self.softmax(node),
+            "LayerNormalization" | "RMSNormalization" | "SimplifiedLayerNormalization" | "LpNormalization" => {
+                self.layer_norm(node)
+            }
+            "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => self.skip_layer_norm(node),
+            "BatchNormalization" => self.per_channel(node),
+            "Conv" => self.pointwise_conv(node),
+            "ReduceMean" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceL1" | "ReduceL2" | "ReduceSumSquare"
+            | "ReduceProd" | "ReduceLogSumExp" | "ReduceLogSum" | "ArgMax" | "ArgMin" => self.reduce(node),
+            "GlobalAveragePool" | "GlobalMaxPool" => self.global_pool(node),
+            "Shape" | "Size" => Ok(Flow::default()),
+            "Attention" if !contrib => self.attention(node),
+            _ => Err(format!("there is no rule for the operator {}", node.op)),
+        }
+    }
+
+    fn layout(&self, value: Option<ValueId>) -> Option<&Layout> {
+        self.layouts.get(&value?)
+    }
+
+    fn operand(&self, node: &Node, slot: usize) -> Result<&Layout, String> {
+        self.layout(node.input(slot)).ok_or_else(|| format!("the tokens come in through operand {slot}"))
+    }
+
+    fn dims(&self, value: ValueId) -> Result<&[Expr], String> {
+        self.shapes.dims(value).ok_or_else(|| {
+            let why = self.shapes.reason(value).unwrap_or("no rule");
+            format!("the shape of '{}' is not known ({why})", self.graph.value(value).name())
+        })
+    }
+
+    fn result_dims(&self, node: &Node, slot: usize) -> Result<&[Expr], String> {
+        self.dims(node.output(slot).ok_or("it has no result")?)
+    }
+
+    /// Known integers of an operand, or of an attribute in older operator sets.
+    fn ints(&self, node: &Node, slot: usize, attribute: &str) -> Result<Option<Vec<i64>>, String> {
+        if let Some(ints) = node.ints(attribute) {
+            return Ok(Some(ints.to_vec()));
+        }
+        let Some(value) = node.input(slot) else { return Ok(None) };
+        let known =
+            self.shapes.ints(value).and_then(|exprs| exprs.iter().map(Expr::as_known).collect::<Option<Vec<_>>>());
+        known.map(Some).ok_or_else(|| format!("its {attribute} are not constant"))
+    }
+
+    fn axis(&self, axis: i64, rank: usize) -> Result<usize, String> {
+        let positive = if axis < 0 { axis + rank as i64 } else { axis };
+        usize::try_from(positive).ok().filter(|&axis| axis < rank).ok_or_else(|| format!("axis {axis} is out of range"))
+    }
+}

@@ -1,0 +1,167 @@
+//! Products of matrices: what they sum over, and what stays.
+
+use std::collections::HashMap;
+
+use super::{Context, Flow, Transfer};
+use crate::ValueId;
+use crate::axes::{Axis, Layout};
+use crate::graph::Node;
+
+impl Context<'_> {
+    pub(super) fn matmul(
+        &self,
+        node: &Node,
+        left: usize,
+        right: usize,
+        trans_left: bool,
+        trans_right: bool,
+    ) -> Transfer {
+        let (left, right) = (node.input(left).ok_or("no operand")?, node.input(right).ok_or("no operand")?);
+        let (mut a, mut b) = (self.axes(left)?, self.axes(right)?);
+        if a.len() < 2 || b.len() < 2 {
+            return Err("it multiplies by a vector".into());
+        }
+        let swap = |axes: &mut Vec<Axis>| {
+            let rank = axes.len();
+            axes.swap(rank - 1, rank - 2);
+        };
+        if trans_left {
+            swap(&mut a);
+        }
+        if trans_right {
+            swap(&mut b);
+        }
+        let (inner_a, rows) = (a.pop().unwrap_or_default(), a.pop().unwrap_or_default());
+        let (columns, inner_b) = (b.pop().unwrap_or_default(), b.pop().unwrap_or_default());
+        let carried = (self.layout(Some(left)).is_some(), self.layout(Some(right)).is_some());
+        self.contract(&inner_a, &inner_b, carried)?;
+        let mut axes = batch_axes(&a, &b)?;
+        axes.push(rows.with_weights(false));
+        axes.push(columns.with_weights(false));
+        if let Some(bias) = node.input(2).filter(|_| node.op.name == "Gemm") {
+            let tokens_at = |from_end: usize| axes[axes.len() - from_end].has_tokens();
+            for (at, dim) in self.axes(bias)?.iter().rev().enumerate() {
+                if !dim.atoms().is_empty() && tokens_at(at + 1) {
+                    return Err("its bias has an entry for each token".into());
+                }
+            }
+        }
+        Ok(Flow::of(Layout(axes)))
+    }
+
+    pub(super) fn axes(&self, value: ValueId) -> Result<Vec<Axis>, String> {
+        match self.layout(Some(value)) {
+            Some(layout) => Ok(layout.0.clone()),
+            None => Ok(self.dims(value)?.iter().map(Axis::plain).collect()),
+        }
+    }
+
+    pub(super) fn contract(&self, a: &Axis, b: &Axis, carried: (bool, bool)) -> Result<(), String> {
+        match (a.has_tokens(), b.has_tokens()) {
+            (false, false) => Ok(()),
+            (true, true) if !a.same_as(b) => {
+                Err("it sums over tokens that are laid out differently on both sides".into())
+            }
+            (true, true) if a.is_weights() || b.is_weights() => Ok(()),
+            (true, true) => Err("it sums over tokens that are not weighted by a softmax".into()),
+            _ if carried.0 && carried.1 => {
+                Err("it sums over tokens on one side and something else on the other".into())
+            }
+            _ => Err("it multiplies the token axis with a matrix of fixed size".into()),
+        }
+    }
+
+    pub(super) fn nbits(&self, node: &Node) -> Transfer {
+        let mut layout = self.operand(node, 0)?.clone();
+        let columns = self.result_dims(node, 0)?.last().ok_or("no result")?;
+        match layout.0.last_mut() {
+            Some(last) if !last.has_tokens() => *last = Axis::plain(columns),
+            _ => return Err("it multiplies the token axis with a matrix of fixed size".into()),
+        }
+        Ok(Flow::of(layout))
+    }
+
+    pub(super) fn einsum(&self, node: &Node) -> Transfer {
+        let equation: String = node.string("equation").ok_or("no equation")?.split_whitespace().collect();
+        let (terms, result) = equation.split_once("->").ok_or("an implicit result")?;
+        let operands: Vec<ValueId> = node.operands().collect();
+        let terms: Vec<&str> = terms.split(',').collect();
+        if terms.len() != operands.len() {
+            return Err("its equation does not fit its operands".into());
+        }
+        let mut labels: HashMap<char, Vec<Axis>> = HashMap::new();
+        let mut ellipsis: Vec<Axis> = Vec::new();
+        for (term, &value) in terms.iter().zip(&operands) {
+            let axes = self.axes(value)?;
+            let named = term.replace("...", "").chars().count();
+            let hidden = axes.len().checked_sub(named).ok_or("its equation does not fit its operands")?;
+            let mut axes = axes.into_iter();
+            let mut rest = *term;
+            while !rest.is_empty() {
+                if let Some(after) = rest.strip_prefix("...") {
+                    let own: Vec<Axis> = axes.by_ref().take(hidden).collect();
+                    if own.iter().any(Axis::has_tokens) {
+                        return Err("it hides the token axis in an ellipsis".into());
+                    }
+                    if own.len() >= ellipsis.len() {
+                        ellipsis = own;
+                    }
+                    rest = after;
+                    continue;
+                }
+                let label = rest.chars().next().unwrap_or(' ');
+                labels.entry(label).or_default().push(axes.next().ok_or("its equation does not fit its operands")?);
+                rest = &rest[label.len_utf8()..];
+            }
+        }
+        let mut merged: HashMap<char, Axis> = HashMap::new();
+        for (label, axes) in labels {
+            let tokens = axes.iter().filter(|axis| axis.has_tokens()).count();
+            let weights = axes.iter().any(Axis::is_weights);
+            if tokens > 0 {
+                if tokens < axes.len() {
+                    return Err("it multiplies the token axis with a matrix of fixed size".into());
+                }
+                if axes.iter().any(|axis| !axis.same_as(&axes[0])) {
+                    return Err("it combines tokens that are laid out differently".into());
+                }
+                if !result.contains(label) && !weights {
+                    return Err("it sums over tokens that are not weighted by a softmax".into());
+                }
+            }
+            let kept = axes.into_iter().max_by_key(|axis| axis.atoms().len()).unwrap_or_default();
+            merged.insert(label, kept.with_weights(false));
+        }
+        let mut axes = Vec::new();
+        let mut rest = result;
+        while !rest.is_empty() {
+            if let Some(after) = rest.strip_prefix("...") {
+                axes.append(&mut ellipsis);
+                rest = after;
+                continue;
+            }
+            let label = rest.chars().next().unwrap_or(' ');
+            axes.push(merged.get(&label).cloned().ok_or("its equation names an unknown axis")?);
+            rest = &rest[label.len_utf8()..];
+        }
+        Ok(Flow::of(Layout(axes)))
+    }
+}
+
+/// Axes that only select matrices: those of extent one stretch.
+fn batch_axes(a: &[Axis], b: &[Axis]) -> Result<Vec<Axis>, String> {
+    let rank = a.len().max(b.len());
+    let at =
+        |axes: &[Axis], at: usize| (at + axes.len()).checked_sub(rank).map(|at| axes[at].clone()).unwrap_or_default();
+    let mut axes = Vec::with_capacity(rank + 2);
+    for index in 0..rank {
+        let (x, y) = (at(a, index), at(b, index));
+        axes.push(match (x.atoms().is_empty(), y.atoms().is_empty()) {
+            (true, _) => y,
+            (_, true) => x,
+            _ if x.same_as(&y) || !(x.has_tokens() || y.has_tokens()) => x,
+            _ => return Err("it multiplies matrices token by token with something of fixed size".into()),
+        });
+    }
+    Ok(axes)
+}

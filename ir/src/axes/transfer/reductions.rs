@@ -1,0 +1,132 @@
+//! Normalisation and reduction.
+
+use super::{Context, Flow, Transfer};
+use crate::axes::{Axis, Effect, Layout, Span};
+use crate::graph::Node;
+
+impl Context<'_> {
+    pub(super) fn softmax(&self, node: &Node) -> Transfer {
+        let layout = self.operand(node, 0)?;
+        let default = if self.opset < 13 { 1 } else { -1 };
+        let axis = self.axis(node.int("axis").unwrap_or(default), layout.rank())?;
+        // Before version 13 everything from the axis on was normalised together.
+        let covered = if self.opset < 13 { axis..layout.rank() } else { axis..axis + 1 };
+        let tokens: Vec<usize> = covered.clone().filter(|&at| layout.0[at].has_tokens()).collect();
+        match tokens.as_slice() {
+            [] => Ok(Flow::of(layout.clone())),
+            [only]
+                if layout.0[*only].only_tokens() == Some(Span::ALL)
+                    && covered.clone().all(|at| at == *only || layout.0[at].atoms().is_empty())
+                    && node.is("Softmax") =>
+            {
+                let mut out = Layout(layout.0.iter().map(|axis| axis.with_weights(false)).collect());
+                out.0[*only] = out.0[*only].with_weights(true);
+                Ok(Flow::of(out).with(Effect::Attend))
+            }
+            _ => Err("it normalises over tokens and more, or over part of them".into()),
+        }
+    }
+
+    pub(super) fn layer_norm(&self, node: &Node) -> Transfer {
+        let layout = self.operand(node, 0)?;
+        let axis = self.axis(node.int("axis").unwrap_or(-1), layout.rank())?;
+        let covered = if node.is("LpNormalization") { axis..axis + 1 } else { axis..layout.rank() };
+        if layout.0[covered].iter().any(Axis::has_tokens) {
+            return Err("it normalises over the tokens".into());
+        }
+        let mut statistics = layout.clone();
+        statistics.0[axis..].fill(Axis::default());
+        Ok(Flow {
+            layouts: vec![Some(layout.clone()), Some(statistics.clone()), Some(statistics)],
+            effects: Vec::new(),
+        })
+    }
+
+    pub(super) fn skip_layer_norm(&self, node: &Node) -> Transfer {
+        let (Some(a), Some(b)) = (node.input(0), node.input(1)) else { return Err("no operand".into()) };
+        let flow = self.broadcast(&[(0, a), (1, b)])?;
+        let layout = flow.layouts[0].clone().unwrap_or_default();
+        if layout.0.last().is_none_or(Axis::has_tokens) {
+            return Err("it normalises over the tokens".into());
+        }
+        Ok(Flow { layouts: vec![Some(layout.clone()), None, None, Some(layout)], effects: flow.effects })
+    }
+
+    pub(super) fn per_channel(&self, node: &Node) -> Transfer {
+        let layout = self.operand(node, 0)?;
+        match layout.0.get(1) {
+            Some(channels) if !channels.has_tokens() => Ok(Flow::of(layout.clone())),
+            _ => Err("it has parameters for each token".into()),
+        }
+    }
+
+    pub(super) fn pointwise_conv(&self, node: &Node) -> Transfer {
+        let layout = self.operand(node, 0)?;
+        let ones = |name: &str| node.ints(name).is_none_or(|values| values.iter().all(|&x| x == 1));
+        let zeros = |name: &str| node.ints(name).is_none_or(|values| values.iter().all(|&x| x == 0));
+        let weight = self.dims(node.input(1).ok_or("no kernel")?)?;
+        if !(weight[2..].iter().all(|dim| dim.is(1)) && ones("strides") && zeros("pads")) {
+            return Err("it convolves neighbouring tokens".into());
+        }
+        if layout.0.get(1).is_none_or(Axis::has_tokens) {
+            return Err("it multiplies the token axis with a matrix of fixed size".into());
+        }
+        let mut out = layout.clone();
+        out.0[1] = Axis::plain(&weight[0]);
+        Ok(Flow::of(out))
+    }
+
+    pub(super) fn reduce(&self, node: &Node) -> Transfer {
+        let layout = self.operand(node, 0)?;
+        let rank = layout.rank();
+        let arg = node.op.name.starts_with("Arg");
+        let axes = if arg { Some(vec![node.int("axis").unwrap_or(0)]) } else { self.ints(node, 1, "axes")? };
+        let axes = match axes {
+            Some(axes) if !axes.is_empty() => {
+                axes.iter().map(|&axis| self.axis(axis, rank)).collect::<Result<Vec<_>, _>>()?
+            }
+            _ if node.int("noop_with_empty_axes").unwrap_or(0) != 0 => return Ok(Flow::of(layout.clone())),
+            _ => (0..rank).collect(),
+        };
+        let keep = node.int("keepdims").unwrap_or(1) != 0;
+        let mut out = Vec::new();
+        for (at, axis) in layout.0.iter().enumerate() {
+            match (axes.contains(&at), keep) {
+                (false, _) => out.push(axis.clone()),
+                (true, true) => out.push(Axis::default()),
+                (true, false) => {}
+            }
+        }
+        let flow = Flow::of(Layout(out));
+        let over: Vec<usize> = axes.iter().copied().filter(|&axis| layout.0[axis].has_tokens()).collect();
+        match over.as_slice() {
+            [] => Ok(flow),
+            [axis] if axes.len() == 1 => {
+                let span = layout.0[*axis].only_tokens().ok_or("it reduces tokens together with something else")?;
+                match node.op.name.as_str() {
+                    "ReduceMean" => Ok(flow.with(Effect::Pool { span, axis: *axis, mean: true })),
+                    "ReduceSum" => Ok(flow.with(Effect::Pool { span, axis: *axis, mean: false })),
+                    "ReduceMax" | "ReduceMin" => Ok(flow.with(Effect::Extreme)),
+                    _ => Err(format!("{} over tokens depends on their number", node.op)),
+                }
+            }
+            _ => Err("it reduces tokens together with something else".into()),
+        }
+    }
+
+    pub(super) fn global_pool(&self, node: &Node) -> Transfer {
+        let layout = self.operand(node, 0)?;
+        let over: Vec<usize> = (2..layout.rank()).filter(|&axis| layout.0[axis].has_tokens()).collect();
+        let mut out = layout.clone();
+        out.0[2..].fill(Axis::default());
+        match over.as_slice() {
+            [] => Ok(Flow::of(out)),
+            [axis] if layout.rank() == 3 => {
+                let span = layout.0[*axis].only_tokens().ok_or("it pools tokens together with something else")?;
+                let mean = node.is("GlobalAveragePool");
+                Ok(Flow::ends(if mean { Effect::Pool { span, axis: *axis, mean } } else { Effect::Extreme }))
+            }
+            _ => Err("it pools tokens together with something else".into()),
+        }
+    }
+}
