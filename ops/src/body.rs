@@ -77,13 +77,29 @@ impl Body {
 
     /// The largest entry along the last axis, which goes away.
     pub fn max_last(&mut self, value: ValueId, hint: &str) -> ValueId {
-        let keep = ("keepdims", Attribute::Int(0));
-        if self.opset >= 18 {
+        let keep = ("keepdims", Attribute::Int(1));
+        let kept = format!("{hint}_kept");
+        let largest = if self.opset >= 18 {
             let axes = self.ints(&format!("{hint}_axes"), &[-1]);
-            self.op_with("ReduceMax", hint, &[value, axes], &[keep])
+            self.op_with("ReduceMax", &kept, &[value, axes], &[keep])
         } else {
-            self.op_with("ReduceMax", hint, &[value], &[("axes", Attribute::Ints(vec![-1])), keep])
-        }
+            self.op_with("ReduceMax", &kept, &[value], &[("axes", Attribute::Ints(vec![-1])), keep])
+        };
+        self.squeeze_last(largest, hint)
+    }
+
+    /// The position of the largest entry along the last axis, which goes away; the lowest among equals.
+    pub fn argmax_last(&mut self, value: ValueId, hint: &str) -> ValueId {
+        let attributes = [("axis", Attribute::Int(-1)), ("keepdims", Attribute::Int(1))];
+        let position = self.op_with("ArgMax", &format!("{hint}_kept"), &[value], &attributes);
+        self.squeeze_last(position, hint)
+    }
+
+    /// Removes the last axis, of extent one. Reductions are asked to keep theirs and are squeezed here, because ONNX
+    /// Runtime keeps it anyway when there is nothing to reduce.
+    fn squeeze_last(&mut self, value: ValueId, hint: &str) -> ValueId {
+        let axes = self.ints(&format!("{hint}_last"), &[-1]);
+        self.op("Squeeze", hint, &[value, axes])
     }
 
     /// Positions along axis 1 in falling (or rising) order of value, the lowest position first among equals.

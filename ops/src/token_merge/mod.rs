@@ -121,8 +121,7 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let b = body.op_with("Transpose", "b_transposed", &[b], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
     let scores = body.op("MatMul", "scores", &[a, b]);
     let best = body.max_last(scores, "best");
-    let keep = [("axis", Attribute::Int(-1)), ("keepdims", Attribute::Int(0))];
-    let partner = body.op_with("ArgMax", "partner", &[scores], &keep);
+    let partner = body.argmax_last(scores, "partner");
     let order = body.argsort(best, count_a, true, "order");
     let leaving = body.slice(order, zero, r, 1, 1, "leaving_a");
     let staying = body.slice(order, r, count_a, 1, 1, "staying_by_similarity");
@@ -142,7 +141,7 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let staying_at = body.op("Add", "staying_at", &[double, first_a]);
     // A zero per image, also where there are no candidates: the largest of one number is the first.
     let first = body.slice(size, zero, one, 1, 1, "first_size");
-    let per_image = body.op_with("ArgMax", "zero_per_image", &[first], &keep);
+    let per_image = body.argmax_last(first, "zero_per_image");
     let all = body.iota(tokens, "positions");
     let fixed = |body: &mut Body, start: ValueId, end: ValueId, step: i64, name: &str| {
         let row = body.slice(all, start, end, 0, step, &format!("{name}_row"));
