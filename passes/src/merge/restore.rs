@@ -3,6 +3,7 @@
 use vitrim_ir::{Attribute, DataType, DimSpec, Span, Tensor, TensorType, ValueId};
 use vitrim_ops::{TokenRestore, TokenSize};
 
+use super::weigh::size_shape;
 use super::{Reduction, Rewriter, SOURCE_OUTPUT};
 use crate::Refusal;
 
@@ -65,18 +66,7 @@ impl Rewriter<'_> {
             {
                 let owner = self.owner_of(stage, Span::ALL, &hint)?;
                 let size = self.stages.size(stage).ok_or_else(|| refuse("it has no sizes"))?;
-                let target = (0..4)
-                    .map(|at| {
-                        if at == 0 {
-                            0
-                        } else if at == columns {
-                            -1
-                        } else {
-                            1
-                        }
-                    })
-                    .collect::<Vec<i64>>();
-                let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&target));
+                let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&size_shape(4, columns)));
                 let share = self.patch.op("Reshape", &format!("{hint}/size"), &[size, target], &[]);
                 let dtype = self.dtype(value);
                 let share = self.cast(share, DataType::F32, dtype, &format!("{hint}/size_as_map"));

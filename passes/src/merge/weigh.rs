@@ -62,26 +62,12 @@ impl Rewriter<'_> {
         let rank = weights.rank();
         let hint = format!("vitrim/{}", graph.value(scores).name());
         let log_size = self.log_size(stage);
-        let row = |at: usize, rank: usize| {
-            (0..rank)
-                .map(|axis| {
-                    if axis == 0 {
-                        0
-                    } else if axis == at {
-                        -1
-                    } else {
-                        1
-                    }
-                })
-                .collect::<Vec<i64>>()
-        };
-
         let outer = vitrim_ir::Expr::product(
             (0..rank).filter(|&at| !weights.0[at].has_tokens()).filter_map(extent).collect::<Vec<_>>().iter(),
         );
         let heads = outer.and_then(|outer| outer.div_exact(&batch)?.as_known()).ok_or_else(unknown)?;
         let bias = if first == batch && rank >= 3 && !(rank == 3 && heads > 1) {
-            let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&row(keys, rank)));
+            let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&size_shape(rank, keys)));
             self.patch.op("Reshape", &format!("{hint}/log_size"), &[log_size, target], &[])
         } else if rank == 3 && Some(&first) == batch.times(&vitrim_ir::Expr::known(heads)).as_ref() {
             // Batch and heads share an axis: one row per head.
@@ -240,4 +226,12 @@ impl Rewriter<'_> {
         }
         self.patch.op("Cast", hint, &[value], &[("to", Attribute::Int(to.code().into()))])
     }
+}
+
+/// The shape in which sizes `[B, M, 1]` lie along `axis` of a tensor of `rank` axes, the batch first.
+pub(super) fn size_shape(rank: usize, axis: usize) -> Vec<i64> {
+    let mut shape = vec![1; rank];
+    shape[0] = 0;
+    shape[axis] = -1;
+    shape
 }
