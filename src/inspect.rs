@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use vitrim_ir::Model;
 use vitrim_passes::driver;
-use vitrim_passes::recognise::{Head, Pin, StreamAxes, VitModel};
+use vitrim_passes::recognise::{Head, Pin, VitModel};
 
 use crate::verify::print;
 use crate::verify::table::table;
@@ -56,8 +56,8 @@ pub struct Found {
     pub pooling: String,
     /// How the heads read the tokens.
     pub reads: Vec<Head>,
-    /// Axes of the residual stream.
-    pub stream: StreamAxes,
+    /// Axes of the residual stream; `T` stands for the tokens.
+    pub stream: String,
     /// Where tokens can be regrouped: the node after each block's attention.
     pub cuts: Vec<String>,
     /// Nodes before which tokens are restored.
@@ -126,7 +126,7 @@ impl Found {
             suffix_tokens: vit.special.suffix,
             pooling: vit.pooling(),
             reads: vit.heads.clone(),
-            stream: vit.stream,
+            stream: vit.axes.layout(vit.axes.origin()).map_or(String::new(), |layout| layout.to_string()),
             cuts: vit.blocks.iter().map(|block| model.graph().describe(block.cut)).collect(),
             restored_before: vit.restore_before.clone(),
             opset: model.opsets().standard(),

@@ -19,7 +19,7 @@ mod tensor;
 mod text;
 pub mod validate;
 
-pub use axes::{Atom, Axes, Axis, Effect, Layout, Span};
+pub use axes::{Atom, Axes, Axis, Effect, Layout, Source, Span};
 pub use builder::GraphBuilder;
 pub use dim::Expr;
 pub use graph::{Attribute, Def, Graph, Node, OpType, OpaqueAttribute, Use, Value};

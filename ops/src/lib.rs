@@ -9,6 +9,7 @@
 
 mod body;
 mod token_assign;
+mod token_mean;
 mod token_merge;
 mod token_restore;
 mod token_size;
@@ -16,6 +17,7 @@ mod token_size;
 use vitrim_ir::{Function, OpType};
 
 pub use token_assign::TokenAssign;
+pub use token_mean::TokenMean;
 pub use token_merge::{TokenMerge, TokenMergeDynamic};
 pub use token_restore::TokenRestore;
 pub use token_size::TokenSize;
@@ -42,4 +44,5 @@ pub trait OpDef: Sync {
 }
 
 /// All operators.
-pub static DEFS: &[&dyn OpDef] = &[&TokenMerge, &TokenMergeDynamic, &TokenSize, &TokenAssign, &TokenRestore];
+pub static DEFS: &[&dyn OpDef] =
+    &[&TokenMerge, &TokenMergeDynamic, &TokenSize, &TokenAssign, &TokenRestore, &TokenMean];

@@ -38,7 +38,7 @@ pub fn cost(model: &Model, vit: &VitModel, steps: &[Step]) -> Option<Cost> {
 
 /// Extents of a value for one image and `tokens` tokens.
 fn extents(vit: &VitModel, value: ValueId, tokens: i64) -> Option<Vec<i64>> {
-    let batch = vit.batch();
+    let batch = vit.axes.batch();
     let one_image = |extent: &Expr| {
         let batch = batch.as_symbol();
         extent.eval(&|symbol| (Some(symbol) == batch).then_some(1))

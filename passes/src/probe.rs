@@ -10,7 +10,7 @@
 
 use std::collections::HashSet;
 
-use vitrim_ir::{Attribute, Graph, Model, NodeId, Patch, Span, Tensor, ValueId};
+use vitrim_ir::{Attribute, Effect, Graph, Model, NodeId, Patch, Span, Tensor, ValueId};
 
 use crate::Refusal;
 use crate::recognise::VitModel;
@@ -93,6 +93,7 @@ impl Probe<'_> {
             let meets_others = node.operands().any(|value| vit.axes.carries(value) && !self.permuted.contains(&value));
             if !pinned.contains(&id) && !meets_others {
                 self.permuted.extend(node.results().filter(|&value| vit.axes.carries(value)));
+                self.permute_tables(id)?;
                 continue;
             }
             restored_at.insert(id);
@@ -106,6 +107,26 @@ impl Probe<'_> {
             }
         }
         Ok(restored_at)
+    }
+
+    /// Tables with an entry for each token follow the tokens.
+    fn permute_tables(&mut self, id: NodeId) -> Result<(), Refusal> {
+        for effect in self.vit.axes.effects_of(id) {
+            let Effect::Table { slot, axes } = effect else { continue };
+            let Some(mut table) = self.graph.node(id).input(*slot) else { continue };
+            let hint = format!("probe/{}", self.graph.value(table).name());
+            for &(axis, span) in axes {
+                let part = part_of(&self.order, span).ok_or_else(|| Refusal::Pinned {
+                    node: self.graph.describe(id),
+                    reason: "it has a table for only some of the permuted tokens".into(),
+                })?;
+                let indices = self.patch.constant(&format!("{hint}/order{axis}"), Tensor::shape(&part));
+                let along = [("axis", Attribute::Int(axis as i64))];
+                table = self.patch.op("Gather", &format!("{hint}/permuted{axis}"), &[table, indices], &along);
+            }
+            self.patch.rewire(id, *slot, table);
+        }
+        Ok(())
     }
 
     /// A permuted value with every token back in its place.
@@ -135,9 +156,12 @@ impl Probe<'_> {
 /// The part of a permutation that concerns a span of the tokens, counted from its first; `None` where the permutation
 /// leads into the span or out of it.
 fn part_of(order: &[usize], span: Span) -> Option<Vec<i64>> {
-    let held = span.front..order.len().checked_sub(span.back)?;
-    let part = order.get(held.clone())?.iter();
-    part.map(|token| held.contains(token).then(|| (token - span.front) as i64)).collect()
+    let held = span.front.max(0)..order.len() as i64 - span.back.max(0);
+    let part = order.get(usize::try_from(held.start).ok()?..usize::try_from(held.end).ok()?)?.iter();
+    let part = part.map(|&token| held.contains(&(token as i64)).then(|| token as i64 - span.front));
+    let before = (0..-span.front).map(Some);
+    let behind = (order.len() as i64 - span.front..order.len() as i64 - span.front - span.back).map(Some);
+    before.chain(part).chain(behind).collect()
 }
 
 #[cfg(test)]

@@ -4,18 +4,24 @@ use std::fmt;
 
 use crate::Expr;
 
-/// Which of the tokens an axis holds: all but `front` first and `back` last ones.
+/// Which of the tokens an axis holds: all but `front` first and `back` last ones. Negative numbers count entries that
+/// stand beside the tokens but are none: a class token that joins late, learned prompts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
 pub struct Span {
     /// Tokens left out at the beginning.
-    pub front: usize,
+    pub front: i64,
     /// Tokens left out at the end.
-    pub back: usize,
+    pub back: i64,
 }
 
 impl Span {
     /// All tokens.
     pub const ALL: Self = Self { front: 0, back: 0 };
+
+    /// Whether the axis holds nothing but tokens.
+    pub fn is_within(self) -> bool {
+        self.front >= 0 && self.back >= 0
+    }
 }
 
 /// A factor of an axis.
@@ -48,6 +54,11 @@ impl Axis {
         Self(vec![Atom::Tokens { span, weights: false }])
     }
 
+    /// An axis of the factors of two, those of the second varying faster.
+    pub fn join(slow: &Self, fast: &Self) -> Self {
+        Self(slow.0.iter().chain(&fast.0).cloned().collect())
+    }
+
     /// The factors.
     pub fn atoms(&self) -> &[Atom] {
         &self.0
@@ -64,6 +75,11 @@ impl Axis {
             [Atom::Tokens { span, .. }] => Some(*span),
             _ => None,
         }
+    }
+
+    /// Which tokens it holds, alone or with something else.
+    pub fn span(&self) -> Option<Span> {
+        self.0.iter().find_map(|atom| if let Atom::Tokens { span, .. } = atom { Some(*span) } else { None })
     }
 
     /// Whether it is the token axis alone and holds weights that sum to one.
@@ -107,7 +123,7 @@ impl Axis {
 fn atom_extent(atom: &Atom, tokens: &Expr) -> Option<Expr> {
     match atom {
         Atom::Plain(extent) => Some(extent.clone()),
-        Atom::Tokens { span, .. } => tokens.minus(&Expr::known((span.front + span.back) as i64)),
+        Atom::Tokens { span, .. } => tokens.minus(&Expr::known(span.front + span.back)),
     }
 }
 
@@ -160,7 +176,7 @@ impl Layout {
                     (Atom::Plain(left.clone()), Expr::known(1))
                 } else if matches!(atom, Atom::Tokens { .. }) {
                     return Err(format!(
-                        "it splits the token axis ({own} tokens) or joins it with something else: {extent}"
+                        "it splits the token axis of {own} into windows or a grid, or joins it with something else: {extent}"
                     ));
                 } else {
                     return Err(format!("the extent {own} does not divide into {extent}"));
@@ -189,7 +205,7 @@ impl fmt::Display for Layout {
                     Atom::Plain(extent) => extent.to_string(),
                     Atom::Tokens { span: Span::ALL, weights: false } => "T".into(),
                     Atom::Tokens { span: Span::ALL, weights: true } => "T̂".into(),
-                    Atom::Tokens { span, .. } => format!("T[{}..-{}]", span.front, span.back),
+                    Atom::Tokens { span, .. } => format!("T[{}..{}]", span.front, -span.back),
                 })
                 .collect();
             if atoms.is_empty() { "1".into() } else { atoms.join("·") }
@@ -221,7 +237,7 @@ mod tests {
     fn a_grid_of_tokens_is_refused() {
         let start = Layout(vec![Axis::tokens(Span::ALL), Axis::plain(&e(48))]);
         let error = start.reshape(&[e(8), e(8), e(48)], &e(64)).unwrap_err();
-        assert!(error.contains("splits the token axis"), "{error}");
+        assert!(error.contains("splits the token axis of 64 into windows or a grid"), "{error}");
     }
 
     #[test]

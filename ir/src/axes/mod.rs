@@ -11,7 +11,7 @@
 mod layout;
 mod transfer;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::graph::Graph;
 use crate::{Expr, NodeId, Shapes, ValueId};
@@ -36,6 +36,16 @@ pub enum Effect {
         /// The operand.
         slot: usize,
     },
+    /// The operand in `slot` does not come from the tokens but has an entry of its own for each: a position table, a
+    /// bias, a mask.
+    Table {
+        /// The operand.
+        slot: usize,
+        /// Its axes that run along tokens, and along which of them.
+        axes: Vec<(usize, Span)>,
+    },
+    /// The tokens are split into consecutive ranges.
+    Parts,
     /// A softmax over tokens: attention.
     Attend,
     /// The mean or the sum over tokens.
@@ -63,74 +73,83 @@ pub enum Effect {
     },
 }
 
+/// Where the tokens come in.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// The tensor.
+    pub value: ValueId,
+    /// How the tokens run in it.
+    pub layout: Layout,
+    /// Number of tokens before any regrouping.
+    pub tokens: Expr,
+    /// Number of images.
+    pub batch: Expr,
+}
+
 /// Which tensors carry the tokens, and how.
 #[derive(Clone, Debug)]
 pub struct Axes {
-    origin: ValueId,
-    tokens: Expr,
+    source: Source,
     layouts: HashMap<ValueId, Layout>,
     effects: Vec<(NodeId, Effect)>,
 }
 
 impl Axes {
-    /// Follows the tokens from `origin`, along whose axis `axis` they run.
-    ///
-    /// Errors say why the origin cannot carry tokens.
-    pub fn follow(graph: &Graph, shapes: &Shapes, origin: ValueId, axis: usize, opset: i64) -> Result<Self, String> {
-        let dims = shapes.dims(origin).ok_or_else(|| {
-            let reason = shapes.reason(origin).unwrap_or("unknown");
-            format!("the shape of '{}' is not known: {reason}", graph.value(origin).name())
-        })?;
-        let tokens = dims.get(axis).ok_or("no such axis")?.clone();
-        let axes = dims
-            .iter()
-            .enumerate()
-            .map(|(at, dim)| if at == axis { Axis::tokens(Span::ALL) } else { Axis::plain(dim) });
-        let batch = dims.iter().enumerate().find(|(at, _)| *at != axis).map_or(Expr::known(1), |(_, dim)| dim.clone());
-        let mut analysis =
-            Self { origin, tokens, layouts: HashMap::from([(origin, Layout(axes.collect()))]), effects: Vec::new() };
+    /// Follows the tokens from where they come in.
+    pub fn follow(graph: &Graph, shapes: &Shapes, source: Source, opset: i64) -> Self {
+        let origin = source.value;
+        let mut layouts = HashMap::from([(origin, source.layout.clone())]);
+        let mut effects = Vec::new();
+        // What depends on the tokens' content, whether or not they can be told apart in it.
+        let mut reached = HashSet::from([origin]);
         for (id, node) in graph.nodes() {
-            let carries = node.operands().any(|value| analysis.layouts.contains_key(&value));
-            let captured = node.captures.iter().any(|value| analysis.layouts.contains_key(value));
-            if node.results().any(|value| value == origin) || !(carries || captured) {
+            let carries = |value: &ValueId| layouts.contains_key(value);
+            let carried = node.operands().any(|value| carries(&value));
+            let captured = node.captures.iter().any(carries);
+            if node.results().any(|value| value == origin) {
+                continue;
+            }
+            if node.dependencies().any(|value| reached.contains(&value)) && !(node.is("Shape") || node.is("Size")) {
+                reached.extend(node.results());
+            }
+            if !(carried || captured) {
                 continue;
             }
             if captured {
                 let reason = "a nested graph reads the tokens".to_owned();
-                analysis.effects.push((id, Effect::Pinned { reason }));
+                effects.push((id, Effect::Pinned { reason }));
                 continue;
             }
-            let context = transfer::Context {
-                graph,
-                shapes,
-                opset,
-                tokens: &analysis.tokens,
-                batch: &batch,
-                layouts: &analysis.layouts,
-            };
+            let context =
+                transfer::Context { graph, shapes, opset, source: &source, layouts: &layouts, reached: &reached };
             match context.transfer(node) {
                 Ok(flow) => {
-                    analysis.effects.extend(flow.effects.into_iter().map(|effect| (id, effect)));
+                    effects.extend(flow.effects.into_iter().map(|effect| (id, effect)));
                     for (slot, layout) in flow.layouts.into_iter().enumerate() {
                         if let (Some(value), Some(layout)) = (node.output(slot), layout.filter(Layout::has_tokens)) {
-                            analysis.layouts.insert(value, layout);
+                            layouts.insert(value, layout);
                         }
                     }
                 }
-                Err(reason) => analysis.effects.push((id, Effect::Pinned { reason })),
+                Err(reason) => effects.push((id, Effect::Pinned { reason })),
             }
         }
-        Ok(analysis)
+        Self { source, layouts, effects }
     }
 
     /// The tensor that the analysis started from.
     pub fn origin(&self) -> ValueId {
-        self.origin
+        self.source.value
     }
 
     /// Number of tokens before any regrouping.
     pub fn tokens(&self) -> &Expr {
-        &self.tokens
+        &self.source.tokens
+    }
+
+    /// Number of images.
+    pub fn batch(&self) -> &Expr {
+        &self.source.batch
     }
 
     /// The layout of a value that carries tokens.

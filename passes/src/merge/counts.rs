@@ -95,6 +95,11 @@ impl Rewriter<'_> {
         axis.extent(self.vit.tokens())?.as_known()
     }
 
+    /// The axis of the origin that holds the tokens and nothing else.
+    fn origin_tokens(&self) -> Option<usize> {
+        self.vit.axes.layout(self.vit.axes.origin())?.token_axis().map(|(axis, _)| axis)
+    }
+
     /// Extents of `operand` as they were before any merge.
     fn old_shape(&mut self, operand: ValueId, axes: &[(usize, &Axis)], hint: &str) -> Option<ValueId> {
         let known: Option<Vec<i64>> = axes.iter().map(|(_, axis)| self.old_extent(axis)).collect();
@@ -110,7 +115,7 @@ impl Rewriter<'_> {
                     continue;
                 }
                 None if !axis.has_tokens() => (self.replacement(operand), at),
-                None if axis.only_tokens() == Some(Span::ALL) => (self.vit.axes.origin(), self.vit.stream.tokens),
+                None if axis.only_tokens() == Some(Span::ALL) => (self.vit.axes.origin(), self.origin_tokens()?),
                 None => return None,
             };
             let shape = self.patch.op("Shape", &format!("{hint}/shape{at}"), &[source], &[]);

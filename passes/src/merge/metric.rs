@@ -1,6 +1,6 @@
 //! The metric: what a block's attention knows of its tokens, averaged over heads.
 
-use vitrim_ir::{Attribute, Expr, Tensor, ValueId};
+use vitrim_ir::{Attribute, Expr, Span, Tensor, ValueId};
 
 use super::{Metric, Rewriter};
 use crate::Refusal;
@@ -47,7 +47,7 @@ impl Rewriter<'_> {
                 let target = match (extent(1), extent(2)) {
                     (Some(first), Some(second)) => vec![-1, heads, first, second],
                     _ => {
-                        let batch = self.vit.batch().as_known().ok_or_else(unknown)?;
+                        let batch = self.vit.axes.batch().as_known().ok_or_else(unknown)?;
                         let channels = if roles[1] == Tokens { known(2)? } else { known(1)? };
                         if roles[1] == Tokens {
                             vec![batch, heads, -1, channels]
@@ -67,13 +67,23 @@ impl Rewriter<'_> {
         let mean = self.reduce_mean(value, heads_at, &format!("{hint}/{name}_mean"));
         let left: Vec<Role> = roles.iter().copied().filter(|&role| role != Heads).collect();
         let wanted = [Batch, Tokens, Channels];
-        let perm: Option<Vec<i64>> =
-            wanted.iter().map(|role| left.iter().position(|other| other == role).map(|at| at as i64)).collect();
-        match perm.ok_or_else(unknown)? {
-            perm if perm == [0, 1, 2] => Ok(mean),
-            perm => {
-                Ok(self.patch.op("Transpose", &format!("{hint}/{name}"), &[mean], &[("perm", Attribute::Ints(perm))]))
-            }
+        let perm: Option<Vec<usize>> = wanted.iter().map(|role| left.iter().position(|other| other == role)).collect();
+        let perm: Vec<usize> = perm.ok_or_else(unknown)?;
+        let metric = self.transpose(mean, &perm, &format!("{hint}/{name}"));
+        let span =
+            self.vit.axes.layout(operand).and_then(|layout| layout.token_axis()).map_or(Span::ALL, |(_, span)| span);
+        Ok(self.with_all_tokens(metric, span, &format!("{hint}/{name}")))
+    }
+
+    /// A metric of the entries in `span` as one of the tokens: without what is none, and with zeros for those left out,
+    /// which are protected.
+    fn with_all_tokens(&mut self, metric: ValueId, span: Span, hint: &str) -> ValueId {
+        let added = Span { front: (-span.front).max(0), back: (-span.back).max(0) };
+        let metric = self.within(metric, added, hint);
+        let zeros = |count: i64| (count > 0).then(|| Tensor::f32s(&[1, count as usize, 1], &vec![0.0; count as usize]));
+        match (zeros(span.front), zeros(span.back)) {
+            (None, None) => metric,
+            (front, back) => self.with_others(metric, front, back, hint),
         }
     }
 
@@ -92,7 +102,7 @@ impl Rewriter<'_> {
     fn roles(&self, operand: ValueId) -> Option<Vec<Role>> {
         let layout = self.vit.axes.layout(operand)?;
         let (tokens, _) = layout.token_axis()?;
-        let batch = self.vit.batch();
+        let batch = self.vit.axes.batch().clone();
         let extent = |at: usize| layout.0[at].plain_extent();
         let mut roles = vec![Channels; layout.rank()];
         roles[tokens] = Tokens;

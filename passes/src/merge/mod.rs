@@ -5,26 +5,31 @@
 //! 1. at every cut whose block removes tokens, the residual stream goes through `TokenMerge` (`stages`);
 //! 2. operators that state the token count get the right one (`recount`), and what is computed from it keeps the old
 //!    one (`counts`);
-//! 3. attention over merged tokens becomes proportional, means become size-weighted (`weigh`);
-//! 4. what leaves the model with an entry for each token is restored (`restore`).
+//! 3. tables with an entry for each token follow the tokens (`tables`);
+//! 4. attention over merged tokens becomes proportional, means become size-weighted (`weigh`);
+//! 5. what leaves the model with an entry for each token is restored (`restore`).
 
+mod arrange;
 mod counts;
 mod metric;
 mod recount;
 mod restore;
+mod spans;
 mod stages;
+mod tables;
 mod weigh;
 
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
-use vitrim_ir::{Effect, Expr, Graph, Model, NodeId, OpType, Patch, ValueId};
+use vitrim_ir::{Effect, Expr, Graph, Model, NodeId, OpType, Patch, Span, ValueId};
 use vitrim_ops::{DOMAIN, OpDef, TokenAssign, TokenMerge, TokenMergeDynamic, TokenSize, VERSION};
 
 use crate::Refusal;
-use crate::recognise::{Head, VitModel};
+use crate::recognise::VitModel;
 use crate::schedule::{Schedule, Step};
 use stages::{Stage, Stages};
+use tables::Followed;
 
 /// What decides which tokens are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -108,7 +113,6 @@ impl Merge {
         let depth = vit.blocks.len();
         let protect = self.protect.unwrap_or(vit.special.prefix());
         let suffix = vit.special.suffix;
-        self.check_heads(vit, protect, suffix)?;
         let mut notes = Vec::new();
         let (removed, steps) = match vit.tokens().as_known() {
             Some(tokens) => {
@@ -160,38 +164,24 @@ impl Merge {
             removed,
             stages: Stages::default(),
             replaced: HashMap::new(),
+            followed: Vec::new(),
+            sizes_over: HashMap::new(),
+            log_sizes: HashMap::new(),
         };
         rewriter.stages = stages::assign(&rewriter)?;
+        rewriter.check_positions()?;
         if rewriter.removed.iter().all(|&r| r == 0) && !self.trace_source {
             return Ok(Proposal { patch: rewriter.patch, steps, notes });
         }
         rewriter.merge_blocks()?;
         rewriter.recount()?;
         rewriter.keep_counts()?;
+        rewriter.follow_tables()?;
         rewriter.weigh()?;
         rewriter.restore()?;
         rewriter.forget_types();
         rewriter.patch.import(DOMAIN, VERSION);
         Ok(Proposal { patch: rewriter.patch, steps, notes })
-    }
-
-    /// Heads may read only what keeps its place: protected tokens by position, means over the rest.
-    fn check_heads(&self, vit: &VitModel, protect: usize, suffix: usize) -> Result<(), Refusal> {
-        for head in &vit.heads {
-            let beyond = match *head {
-                Head::Pick { first, count } if first >= 0 => first as usize + count > protect,
-                Head::Pick { first, .. } => first.unsigned_abs() as usize > suffix,
-                Head::Mean { front, back } => front > protect || back > suffix,
-                _ => false,
-            };
-            if beyond {
-                return Err(Refusal::Request(format!(
-                    "a head reads tokens by position ({head}) that are not protected: {protect} at the front and \
-                     {suffix} at the end are; protect more with --protect"
-                )));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -209,6 +199,12 @@ struct Rewriter<'a> {
     stages: Stages,
     /// Values whose readers were given another value: merged streams, and results of operators left out.
     replaced: HashMap<ValueId, ValueId>,
+    /// Tables that follow the tokens.
+    followed: Vec<Followed>,
+    /// Sizes of part of the slots, by stage.
+    sizes_over: HashMap<(usize, Span), ValueId>,
+    /// Logarithms of them.
+    log_sizes: HashMap<(usize, Span), ValueId>,
 }
 
 impl Rewriter<'_> {
@@ -245,15 +241,21 @@ impl Rewriter<'_> {
         let [x] = streams[..] else {
             return Err(self.pinned(cut, "it gives the sum and its norm at once; splitting it is not supported yet"));
         };
-        let layout = self.vit.axes.layout(x).and_then(|layout| layout.token_axis());
-        let Some((axis @ (0 | 1), _)) =
-            layout.filter(|_| self.vit.axes.layout(x).is_some_and(|layout| layout.rank() == 3))
-        else {
-            return Err(self.pinned(cut, "it gives a residual stream that is not [batch, tokens, channels]"));
-        };
         let hint = format!("vitrim/block{block}");
         let stage = self.stages.of_block(block);
-        let batch_first = self.swap_batch(x, axis, &format!("{hint}/batch_first"));
+        let layout = self.vit.axes.layout(x).cloned().unwrap_or_default();
+        let arrangement = self.arrangement(&layout);
+        let refusal = self.pinned(
+            cut,
+            &format!("it gives a residual stream that cannot be arranged as [batch, tokens, channels]: {layout}"),
+        );
+        let unknown = || refusal.clone();
+        let batch_first = self.tokens_second(x, &arrangement, stage, &hint).ok_or_else(unknown)?;
+        let batch_first = match arrangement.others() {
+            0 => return Err(refusal),
+            1 => batch_first,
+            _ => self.reshape(batch_first, &[0, 0, -1], &format!("{hint}/channels_joined")),
+        };
         let (tokens, removed) = (self.stages.count(stage), self.removed[block] as i64);
 
         let merged = if self.options.reduction == Reduction::Slice {
@@ -304,7 +306,15 @@ impl Rewriter<'_> {
         };
         let y = merged.x.expect("just set");
         self.stages.enter(stage + 1, merged);
-        let back = self.swap_batch(y, axis, &format!("{hint}/as_before"));
+        let y = match arrangement.other_extents().as_slice() {
+            [_] => y,
+            extents => {
+                let extents: Option<Vec<i64>> = extents.iter().copied().collect();
+                let target = [vec![0, 0], extents.ok_or_else(unknown)?].concat();
+                self.reshape(y, &target, &format!("{hint}/channels_split"))
+            }
+        };
+        let back = self.as_before(y, &arrangement, stage + 1, &hint).ok_or_else(unknown)?;
         self.patch.rewire_uses(graph, x, back, |_| true);
         self.replaced.insert(x, back);
         Ok(())
@@ -320,14 +330,6 @@ impl Rewriter<'_> {
         let merged =
             self.graph.producer(value).is_some_and(|(node, _)| self.vit.blocks.iter().any(|block| block.cut == node));
         if merged { value } else { self.replacement(value) }
-    }
-
-    /// Exchanges the first two axes where the tokens run along the first.
-    fn swap_batch(&mut self, value: ValueId, token_axis: usize, hint: &str) -> ValueId {
-        if token_axis == 1 {
-            return value;
-        }
-        self.patch.op("Transpose", hint, &[value], &[("perm", vitrim_ir::Attribute::Ints(vec![1, 0, 2]))])
     }
 
     fn dtype(&self, value: ValueId) -> vitrim_ir::DataType {

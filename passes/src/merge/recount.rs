@@ -14,6 +14,7 @@ impl Rewriter<'_> {
                 // Before the first merge too: shape arithmetic that is left over there costs time and, on a GPU, copies.
                 Effect::Shape { slot } => self.restate_shape(id, slot, stage)?,
                 _ if stage == 0 => {}
+                Effect::Parts => self.split_by_ranges(id, stage),
                 Effect::SliceEnd { slot } => self.restate_end(id, slot)?,
                 Effect::UniformTable { slot } => self.shrink_table(id, slot),
                 _ => {}
@@ -96,6 +97,42 @@ impl Rewriter<'_> {
         let target = self.patch.op("Concat", &format!("{hint}/shape"), &parts, &[("axis", Attribute::Int(0))]);
         self.patch.rewire(id, slot, target);
         Ok(())
+    }
+
+    /// A split of the tokens into special ones and the rest states the length of every part; ranges counted from the ends
+    /// need not.
+    fn split_by_ranges(&mut self, id: NodeId, stage: usize) {
+        let node = self.graph.node(id);
+        let parts: Vec<ValueId> = node.results().collect();
+        let is_rest = |value: &ValueId| self.stages.of(*value) == Some(stage);
+        let (Some(operand), Some(rest)) = (node.input(0), parts.iter().position(is_rest)) else { return };
+        let operand = self.replacement(operand);
+        let axis = self.vit.axes.layout(parts[rest]).and_then(|layout| layout.token_axis()).map_or(0, |(axis, _)| axis);
+        let extent = |value: &ValueId| {
+            let dims = self.vit.shapes.dims(*value);
+            dims.and_then(|dims| dims[axis].as_known()).unwrap_or(0)
+        };
+        let mut bounds = Vec::new();
+        let mut start = 0;
+        for part in &parts[..rest] {
+            bounds.push((start, start + extent(part)));
+            start += extent(part);
+        }
+        let mut end = -parts[rest + 1..].iter().map(extent).sum::<i64>();
+        let position = |end: i64| if end == 0 { i64::MAX } else { end };
+        bounds.push((start, position(end)));
+        for part in &parts[rest + 1..] {
+            bounds.push((end, position(end + extent(part))));
+            end += extent(part);
+        }
+        for (part, (start, end)) in parts.into_iter().zip(bounds) {
+            let hint = format!("vitrim/{}", self.graph.value(part).name());
+            let bounds = [start, end, axis as i64];
+            let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}/range"), Tensor::shape(&[bound])));
+            let range = self.patch.op("Slice", &hint, &[operand, bounds[0], bounds[1], bounds[2]], &[]);
+            self.patch.rewire_uses(self.graph, part, range, |_| true);
+            self.replaced.insert(part, range);
+        }
     }
 
     /// Lets a slice that ends at a position counted from the front end at the same token counted from the back.

@@ -1,9 +1,9 @@
 //! Slots back to tokens: before nodes that need all tokens in their places, and at outputs.
 
-use vitrim_ir::{Attribute, DataType, DimSpec, Span, Tensor, TensorType, ValueId};
+use vitrim_ir::{Attribute, DataType, DimSpec, NodeId, Span, Tensor, TensorType, ValueId};
 use vitrim_ops::{TokenRestore, TokenSize};
 
-use super::weigh::size_shape;
+use super::arrange::Frame;
 use super::{Reduction, Rewriter, SOURCE_OUTPUT};
 use crate::Refusal;
 
@@ -46,89 +46,53 @@ impl Rewriter<'_> {
         let name = self.graph.value(value).name().to_owned();
         let refuse = |what: &str| Refusal::Pinned { node: format!("the tensor '{name}'"), reason: what.into() };
         let layout = self.vit.axes.layout(value).cloned().unwrap_or_default();
-        let token_axes = layout.token_axes();
-        let batch = self.vit.batch();
-        let batch_at = (0..layout.rank()).find(|&at| layout.0[at].plain_extent().as_ref() == Some(&batch));
-        let (Some(batch_at), true) = (batch_at, token_axes.iter().all(|&at| layout.0[at].only_tokens().is_some()))
-        else {
-            return Err(refuse("it has to be restored, but its tokens share an axis with something else"));
-        };
         let hint = format!("vitrim/{name}");
-        match token_axes[..] {
+        let node = self.graph.producer(value).map(|(node, _)| node).ok_or_else(|| refuse("it has no producer"))?;
+        match layout.token_axes()[..] {
             [axis] => {
-                let span = layout.0[axis].only_tokens().unwrap_or_default();
-                let owner = self.owner_of(stage, span, &hint)?;
-                Ok(self.restore_rows(source, owner, layout.rank(), batch_at, axis, &hint))
+                let span = layout.0[axis].span().unwrap_or_default();
+                let owner = self.owner_of(node, stage, span, &hint)?;
+                let arrangement = self.arrangement(&layout);
+                let unknown = || refuse("it has to be restored, but its tokens share an axis with something else");
+                let there = self.tokens_second(source, &arrangement, stage, &hint).ok_or_else(unknown)?;
+                let restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
+                self.as_before(restored, &arrangement, 0, &hint).ok_or_else(unknown)
             }
             // Attention maps: a token's row is its slot's; a column's weight is shared among the slot's tokens.
-            [rows, columns]
-                if layout.rank() == 4 && batch_at == 0 && layout.0[rows].only_tokens() == Some(Span::ALL) =>
-            {
-                let owner = self.owner_of(stage, Span::ALL, &hint)?;
+            [rows, columns] if [rows, columns].iter().all(|&at| layout.0[at].only_tokens() == Some(Span::ALL)) => {
+                let frame = self.frame(&layout).filter(|frame| frame.batch_axis().is_some());
+                let frame = frame.ok_or_else(|| refuse("it has to be restored, but its batch axis cannot be told"))?;
+                let owner = self.owner_of(node, stage, Span::ALL, &hint)?;
                 let size = self.stages.size(stage).ok_or_else(|| refuse("it has no sizes"))?;
-                let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&size_shape(4, columns)));
-                let share = self.patch.op("Reshape", &format!("{hint}/size"), &[size, target], &[]);
+                let size = self.with_axes("Squeeze", size, &[2], &format!("{hint}/size_row"));
+                let share = self.spread(size, &[columns], &frame, &format!("{hint}/size"));
                 let dtype = self.dtype(value);
                 let share = self.cast(share, DataType::F32, dtype, &format!("{hint}/size_as_map"));
                 let shared = self.patch.op("Div", &format!("{hint}/shared"), &[source, share], &[]);
-                let by_rows = self.restore_rows(shared, owner, 4, 0, rows, &format!("{hint}/rows"));
-                Ok(self.restore_rows(by_rows, owner, 4, 0, columns, &format!("{hint}/columns")))
+                let by_rows = self.restore_rows(shared, owner, &frame, rows, &format!("{hint}/rows"));
+                Ok(self.restore_rows(by_rows, owner, &frame, columns, &format!("{hint}/columns")))
             }
             _ => Err(refuse("it has to be restored, but has tokens on several axes")),
         }
     }
 
-    /// Restores along one axis.
-    fn restore_rows(
-        &mut self,
-        source: ValueId,
-        owner: ValueId,
-        rank: usize,
-        batch: usize,
-        axis: usize,
-        hint: &str,
-    ) -> ValueId {
+    /// Restores along one axis of a tensor with a batch axis of its own.
+    fn restore_rows(&mut self, source: ValueId, owner: ValueId, frame: &Frame, axis: usize, hint: &str) -> ValueId {
+        let (rank, batch) = (frame.rank(), frame.batch_axis().unwrap_or(0));
         let rest = (0..rank).filter(|&at| at != batch && at != axis);
-        let perm: Vec<i64> = [batch, axis].into_iter().chain(rest).map(|at| at as i64).collect();
-        let straight = perm.iter().enumerate().all(|(at, &from)| at as i64 == from);
-        let there = if straight {
-            source
-        } else {
-            self.patch.op(
-                "Transpose",
-                &format!("{hint}/tokens_second"),
-                &[source],
-                &[("perm", Attribute::Ints(perm.clone()))],
-            )
-        };
-        let restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
-        if straight {
-            return restored;
-        }
+        let order: Vec<usize> = [batch, axis].into_iter().chain(rest).collect();
         let mut back = vec![0; rank];
-        perm.iter().enumerate().for_each(|(at, &from)| back[from as usize] = at as i64);
-        self.patch.op("Transpose", &format!("{hint}/as_before"), &[restored], &[("perm", Attribute::Ints(back))])
+        order.iter().enumerate().for_each(|(at, &from)| back[from] = at);
+        let there = self.transpose(source, &order, &format!("{hint}/tokens_second"));
+        let restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
+        self.transpose(restored, &back, &format!("{hint}/as_before"))
     }
 
     /// For the tokens of `span`: their slots, counted from the first slot of the span.
-    fn owner_of(&mut self, stage: usize, span: Span, hint: &str) -> Result<ValueId, Refusal> {
+    pub(super) fn owner_of(&mut self, node: NodeId, stage: usize, span: Span, hint: &str) -> Result<ValueId, Refusal> {
         let owner = self.owner(stage).ok_or_else(|| Refusal::Request("no merge to undo".into()))?;
-        if span == Span::ALL {
-            return Ok(owner);
-        }
-        if span.front > self.protect || span.back > self.suffix {
-            return Err(Refusal::Request(format!(
-                "an output leaves out the first {} and last {} tokens, of which not all are protected",
-                span.front, span.back
-            )));
-        }
-        let end = if span.back == 0 { i64::MAX } else { -(span.back as i64) };
-        let bounds = [span.front as i64, end, 1];
-        let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}/owner_range"), Tensor::shape(&[bound])));
-        let part =
-            self.patch.op("Slice", &format!("{hint}/owner_part"), &[owner, bounds[0], bounds[1], bounds[2]], &[]);
-        let front = self.patch.constant(&format!("{hint}/owner_front"), Tensor::shape(&[span.front as i64]));
-        Ok(self.patch.op("Sub", &format!("{hint}/owner_of_part"), &[part, front], &[]))
+        let total = self.stages.count(stage).and_then(|count| count.as_known());
+        self.positions_over(node, owner, span, total, &format!("{hint}/owner"))
     }
 
     /// Adds the output with the final slot of every original token.
@@ -138,7 +102,9 @@ impl Rewriter<'_> {
             None => {
                 // Nothing merges: every token is its own slot. A running count of ones gives 1, 2, ….
                 let origin = self.vit.axes.origin();
-                let x = self.swap_batch(origin, self.vit.stream.tokens, "vitrim/source_batch_first");
+                let arrangement = self.arrangement(&self.vit.axes.layout(origin).cloned().unwrap_or_default());
+                let x = self.tokens_second(origin, &arrangement, 0, "vitrim/source");
+                let x = x.ok_or_else(|| Refusal::Request("the tokens share an axis with something else".into()))?;
                 let ones = self.vitrim(&TokenSize, "vitrim/initial_size", &[x], &[], 1)[0];
                 let axis = self.patch.constant("vitrim/source_axis", Tensor::shape(&[2]));
                 let ones = self.patch.op("Squeeze", "vitrim/source_ones", &[ones, axis], &[]);
@@ -153,7 +119,7 @@ impl Rewriter<'_> {
             (_, Some(name)) => DimSpec::Named(name.into()),
             _ => DimSpec::Unknown,
         };
-        let dims = vec![dim(&self.vit.batch()), dim(self.vit.tokens())];
+        let dims = vec![dim(self.vit.axes.batch()), dim(self.vit.tokens())];
         self.patch.append_output(SOURCE_OUTPUT, owner, TensorType { dtype: DataType::I64, dims: Some(dims) });
         Ok(())
     }

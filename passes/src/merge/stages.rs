@@ -18,8 +18,8 @@ pub(super) struct Stage {
     pub grouping: Option<[ValueId; 3]>,
     /// Slot of every original token.
     pub owner: Option<ValueId>,
-    /// Logarithm of the sizes as a row, `[B, 1, M]`.
-    pub log_size: Option<ValueId>,
+    /// Original token whose place each slot keeps.
+    pub anchor: Option<ValueId>,
 }
 
 /// Stages of the rewritten graph. Stage 0 is before the first merge.
@@ -110,7 +110,9 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
         if read.is_empty() && !meets_restored {
             continue;
         }
-        if pinned.contains(&id) || read.len() > 1 || meets_restored {
+        // A reader of tokens that may move gets them in their places, unless the user has said which ones may not.
+        let moving = rewriter.options.protect.is_none() && rewriter.reads_moving_tokens(id);
+        if pinned.contains(&id) || read.len() > 1 || meets_restored || moving {
             if softmaxes.contains(&id) {
                 return Err(
                     rewriter.pinned(id, "it is an attention over tokens of which some were merged and some not")

@@ -51,35 +51,19 @@ impl Rewriter<'_> {
         }
         let (graph, vit) = (self.graph, self.vit);
         let node = graph.node(id);
-        let Some(scores) = node.input(0) else { return Ok(()) };
-        let refusal = self.pinned(id, "it is an attention whose batch axis cannot be told from its heads");
-        let unknown = || refusal.clone();
-        let weights = node.output(0).and_then(|value| vit.axes.layout(value)).ok_or_else(unknown)?;
-        let keys = (0..weights.rank()).rev().find(|&at| weights.0[at].is_weights()).ok_or_else(unknown)?;
-        let batch = vit.batch();
-        let extent = |at: usize| weights.0[at].plain_extent();
-        let first = extent(0).ok_or_else(unknown)?;
-        let rank = weights.rank();
+        let (Some(scores), Some(weights)) = (node.input(0), node.output(0)) else { return Ok(()) };
+        let frame = self.frame_of(weights, id)?;
+        let layout = vit.axes.layout(weights).cloned().unwrap_or_default();
+        let keys = (0..layout.rank()).rev().find(|&at| layout.0[at].is_weights());
+        let keys = keys.and_then(|at| Some((at, layout.0[at].only_tokens()?)));
+        let (keys, span) = keys.ok_or_else(|| self.pinned(id, "it is an attention whose keys are not the tokens"))?;
         let hint = format!("vitrim/{}", graph.value(scores).name());
-        let log_size = self.log_size(stage);
-        let outer = vitrim_ir::Expr::product(
-            (0..rank).filter(|&at| !weights.0[at].has_tokens()).filter_map(extent).collect::<Vec<_>>().iter(),
-        );
-        let heads = outer.and_then(|outer| outer.div_exact(&batch)?.as_known()).ok_or_else(unknown)?;
-        let bias = if first == batch && rank >= 3 && !(rank == 3 && heads > 1) {
-            let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&size_shape(rank, keys)));
-            self.patch.op("Reshape", &format!("{hint}/log_size"), &[log_size, target], &[])
-        } else if rank == 3 && Some(&first) == batch.times(&vitrim_ir::Expr::known(heads)).as_ref() {
-            // Batch and heads share an axis: one row per head.
-            let target = self.patch.constant(&format!("{hint}/size_shape"), Tensor::shape(&[0, 1, -1]));
-            let rows = self.patch.op("Reshape", &format!("{hint}/log_size_row"), &[log_size, target], &[]);
-            let repeats = self.patch.constant(&format!("{hint}/size_repeats"), Tensor::shape(&[1, heads, 1]));
-            let rows = self.patch.op("Tile", &format!("{hint}/log_size_rows"), &[rows, repeats], &[]);
-            let shape: [i64; 3] = if keys == 2 { [-1, 1, 0] } else { return Err(unknown()) };
-            let target = self.patch.constant(&format!("{hint}/size_rows_shape"), Tensor::shape(&shape));
-            self.patch.op("Reshape", &format!("{hint}/log_size"), &[rows, target], &[])
+        let log_size = self.log_size(id, stage, span)?;
+        let bias = if frame.is_batch_first(layout.rank()) {
+            self.reshape(log_size, &size_shape(layout.rank(), keys), &format!("{hint}/log_size"))
         } else {
-            return Err(unknown());
+            let row = self.with_axes("Squeeze", log_size, &[2], &format!("{hint}/log_size_row"));
+            self.spread(row, &[keys], &frame, &format!("{hint}/log_size"))
         };
         let dtype = self.dtype(scores);
         let bias = self.cast(bias, DataType::F32, dtype, &format!("{hint}/log_size_as_scores"));
@@ -93,8 +77,9 @@ impl Rewriter<'_> {
     fn sizes_can_ride(&self, core: &Core) -> bool {
         let Some(values) = core.value(self.graph) else { return false };
         let layout = self.vit.axes.layout(values);
-        let four = layout.is_some_and(|layout| layout.rank() == 4 && layout.token_axis() == Some((2, Span::ALL)));
-        let batch_first = layout.is_some_and(|layout| layout.0[0].plain_extent() == Some(self.vit.batch()));
+        let four =
+            layout.is_some_and(|layout| layout.rank() == 4 && layout.token_axis().is_some_and(|(axis, _)| axis == 2));
+        let batch_first = layout.is_some_and(|layout| self.frame(layout).is_some_and(|frame| frame.is_batch_first(4)));
         let mix = self.graph.node(core.mix);
         let form = four && batch_first && mix.is("MatMul") && core.slots.value == 1;
         form && self.dtype(values) == DataType::F32 && self.only_mix_reads_weights(core)
@@ -132,7 +117,9 @@ impl Rewriter<'_> {
         let (Some(4), Some(channels)) = (rank, channels) else {
             return Err(self.pinned(id, "it is a fused attention whose heads share an axis with the channels"));
         };
-        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
+        let span =
+            self.vit.axes.layout(values).and_then(|layout| layout.token_axis()).map_or(Span::ALL, |(_, span)| span);
+        let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let hint = format!("vitrim/{}", self.graph.value(result).name());
         let ints = |rewriter: &mut Self, name: &str, values: &[i64]| {
             rewriter.patch.constant(&format!("{hint}/{name}"), Tensor::shape(values))
@@ -160,42 +147,28 @@ impl Rewriter<'_> {
         Ok(())
     }
 
-    fn log_size(&mut self, stage: usize) -> ValueId {
-        if let Some(log_size) = self.stages.entry(stage).log_size {
-            return log_size;
+    fn log_size(&mut self, id: NodeId, stage: usize, span: Span) -> Result<ValueId, Refusal> {
+        if let Some(&log_size) = self.log_sizes.get(&(stage, span)) {
+            return Ok(log_size);
         }
-        let size = self.stages.size(stage).expect("a stage after the first has sizes");
+        let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let log_size = self.patch.op("Log", &format!("vitrim/log_size{stage}"), &[size], &[]);
-        self.stages.entry_mut(stage).log_size = Some(log_size);
-        log_size
+        self.log_sizes.insert((stage, span), log_size);
+        Ok(log_size)
     }
 
     fn pool(&mut self, id: NodeId, stage: usize, span: Span, axis: usize, mean: bool) -> Result<(), Refusal> {
         let node = self.graph.node(id);
         let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { return Ok(()) };
-        let rank = self.vit.axes.layout(operand).map_or(0, |layout| layout.rank());
-        if rank != 3 || axis == 0 {
-            return Err(self.pinned(id, "it is a mean over tokens in a layout that is not supported"));
-        }
-        let size = self.stages.size(stage).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
+        let frame = self.frame_of(operand, id)?;
+        let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let hint = format!("vitrim/{}", self.graph.value(result).name());
-        let mut weights = size;
-        if span != Span::ALL {
-            let end = if span.back == 0 { i64::MAX } else { -(span.back as i64) };
-            let bounds = [span.front as i64, end, 1];
-            let bounds =
-                bounds.map(|bound| self.patch.constant(&format!("{hint}/pooled_range"), Tensor::shape(&[bound])));
-            weights = self.patch.op(
-                "Slice",
-                &format!("{hint}/pooled_size"),
-                &[weights, bounds[0], bounds[1], bounds[2]],
-                &[],
-            );
-        }
-        if axis == 2 {
-            let perm = [("perm", Attribute::Ints(vec![0, 2, 1]))];
-            weights = self.patch.op("Transpose", &format!("{hint}/pooled_size_row"), &[weights], &perm);
-        }
+        let weights = if frame.is_batch_first(3) && axis == 1 {
+            size
+        } else {
+            let row = self.with_axes("Squeeze", size, &[2], &format!("{hint}/pooled_size_row"));
+            self.spread(row, &[axis], &frame, &format!("{hint}/pooled_size"))
+        };
         let dtype = self.dtype(operand);
         let keep = if node.is("GlobalAveragePool") { 1 } else { node.int("keepdims").unwrap_or(1) };
         let keep = ("keepdims", Attribute::Int(keep));

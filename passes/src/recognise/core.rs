@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use vitrim_ir::{Graph, NodeId, Shapes, ValueId};
+use vitrim_ir::{Expr, Graph, NodeId, Shapes, ValueId};
 
 /// An attention, found by its softmax; not yet known to run over tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +32,15 @@ impl Core {
     /// Whether one fused operator does all of it.
     pub fn is_fused(&self) -> bool {
         self.scores == self.mix
+    }
+
+    /// How many keys each query meets.
+    pub(super) fn keys(&self, graph: &Graph, shapes: &Shapes) -> Option<Expr> {
+        if !self.is_fused() {
+            return shapes.dims(graph.node(self.softmax).output(0)?)?.last().cloned();
+        }
+        let dims = shapes.dims(self.key(graph)?)?;
+        dims.get(if dims.len() == 4 { 2 } else { 1 }).cloned()
     }
 
     /// The keys as the core reads them.

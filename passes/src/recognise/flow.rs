@@ -14,24 +14,66 @@ enum Vertex {
     Sink,
 }
 
-/// The flow of image content, from the graph's inputs to a chosen end.
-pub(super) struct Flow<'g> {
+/// What depends on the content of images, and not just on their extents.
+pub(super) struct Content<'g> {
     graph: &'g Graph,
-    shapes: &'g Shapes,
+    values: HashSet<ValueId>,
+}
+
+impl<'g> Content<'g> {
+    /// What depends on the content of `images`.
+    pub fn of(graph: &'g Graph, shapes: &Shapes, images: &[ValueId]) -> Self {
+        let mut values: HashSet<ValueId> = images.iter().copied().collect();
+        for (_, node) in graph.nodes() {
+            if node.dependencies().any(|value| values.contains(&value)) {
+                values.extend(node.results().filter(|&value| shapes.is_data(value)));
+            }
+        }
+        Self { graph, values }
+    }
+
+    pub fn contains(&self, value: ValueId) -> bool {
+        self.values.contains(&value)
+    }
+
+    /// The images whose content reaches `node`.
+    pub fn inputs_of(&self, node: NodeId) -> Vec<ValueId> {
+        let mut seen = HashSet::new();
+        let mut open = vec![node];
+        let mut inputs = Vec::new();
+        while let Some(id) = open.pop() {
+            if !seen.insert(id) {
+                continue;
+            }
+            for value in self.graph.node(id).dependencies().filter(|&value| self.contains(value)) {
+                match self.graph.producer(value) {
+                    Some((producer, _)) => open.push(producer),
+                    None if !inputs.contains(&value) => inputs.push(value),
+                    None => {}
+                }
+            }
+        }
+        inputs
+    }
+}
+
+/// The flow of image content to chosen ends.
+pub(super) struct Flow {
     edges: DiGraphMap<Vertex, ()>,
     dominators: Dominators<Vertex>,
 }
 
-impl<'g> Flow<'g> {
+impl Flow {
     /// The flow into all of `ends`.
-    pub fn towards(graph: &'g Graph, shapes: &'g Shapes, ends: &[NodeId]) -> Self {
+    pub fn towards(content: &Content<'_>, ends: &[NodeId]) -> Self {
+        let graph = content.graph;
         let mut edges = DiGraphMap::new();
         edges.add_node(Vertex::Source);
         for (id, node) in graph.nodes() {
-            for value in node.dependencies().filter(|&value| shapes.is_data(value)) {
+            for value in node.dependencies().filter(|&value| content.contains(value)) {
                 let from = graph.producer(value).map_or(Vertex::Source, |(producer, _)| Vertex::Node(producer));
                 // Reading only the extents of a tensor passes no content on.
-                if node.results().any(|result| shapes.is_data(result)) {
+                if node.results().any(|result| content.contains(result)) {
                     edges.add_edge(from, Vertex::Node(id), ());
                 }
             }
@@ -40,7 +82,7 @@ impl<'g> Flow<'g> {
             edges.add_edge(Vertex::Node(end), Vertex::Sink, ());
         }
         let dominators = simple_fast(&edges, Vertex::Source);
-        Self { graph, shapes, edges, dominators }
+        Self { edges, dominators }
     }
 
     /// The nodes that all content on its way to the ends passes, nearest to the input first.
@@ -71,25 +113,5 @@ impl<'g> Flow<'g> {
             }
         }
         reached
-    }
-
-    /// Graph inputs whose content reaches `node`.
-    pub fn inputs_of(&self, node: NodeId) -> Vec<ValueId> {
-        let mut seen = HashSet::new();
-        let mut open = vec![node];
-        let mut inputs = Vec::new();
-        while let Some(id) = open.pop() {
-            if !seen.insert(id) {
-                continue;
-            }
-            for value in self.graph.node(id).dependencies().filter(|&value| self.shapes.is_data(value)) {
-                match self.graph.producer(value) {
-                    Some((producer, _)) => open.push(producer),
-                    None if !inputs.contains(&value) => inputs.push(value),
-                    None => {}
-                }
-            }
-        }
-        inputs
     }
 }

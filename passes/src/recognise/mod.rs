@@ -9,6 +9,7 @@
 mod core;
 mod flow;
 mod special;
+mod stream;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -18,7 +19,7 @@ use vitrim_ir::{Axes, Effect, Expr, Graph, Model, NodeId, Shapes, Span, ValueId}
 
 pub use self::core::{Core, Slots};
 use crate::Refusal;
-use flow::Flow;
+use flow::{Content, Flow};
 
 /// A Vision Transformer in a graph.
 #[derive(Clone, Debug)]
@@ -31,8 +32,6 @@ pub struct VitModel {
     pub axes: Axes,
     /// The graph input that holds the images.
     pub image: ValueId,
-    /// Axes of the residual stream.
-    pub stream: StreamAxes,
     /// Blocks in order.
     pub blocks: Vec<Block>,
     /// Tokens that are no patches.
@@ -41,17 +40,6 @@ pub struct VitModel {
     pub heads: Vec<Head>,
     /// Nodes after the last block that need all tokens in their places: tokens are restored before them.
     pub restore_before: Vec<Pin>,
-}
-
-/// Which axis of the residual stream is which.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct StreamAxes {
-    /// Images.
-    pub batch: usize,
-    /// Tokens.
-    pub tokens: usize,
-    /// Channels.
-    pub channels: usize,
 }
 
 /// A transformer block.
@@ -99,9 +87,9 @@ pub enum Head {
     /// The mean over tokens, special ones left out as given.
     Mean {
         /// Tokens left out at the front.
-        front: usize,
+        front: i64,
         /// Tokens left out at the end.
-        back: usize,
+        back: i64,
     },
     /// The largest entry over tokens.
     Extreme,
@@ -149,12 +137,8 @@ impl VitModel {
 
     /// Width of the residual stream.
     pub fn width(&self) -> Option<i64> {
-        self.shapes.dims(self.axes.origin())?.get(self.stream.channels)?.as_known()
-    }
-
-    /// Images per batch.
-    pub fn batch(&self) -> Expr {
-        self.shapes.dims(self.axes.origin()).map_or(Expr::known(1), |dims| dims[self.stream.batch].clone())
+        let dims = self.shapes.dims(self.axes.origin())?;
+        Expr::product(dims)?.div_exact(&self.axes.batch().times(self.axes.tokens())?)?.as_known()
     }
 
     /// How the heads read the tokens, in one word where there is one: `cls`, `avg`, `map`, `tokens`, `cls+avg`, …
@@ -185,38 +169,39 @@ impl VitModel {
 pub fn recognise(model: &Model) -> Result<VitModel, Refusal> {
     let graph = model.graph();
     let shapes = Shapes::infer(model);
-    let cores = find_image_cores(graph, &shapes)?;
-    Recogniser { graph, shapes: &shapes, opset: model.opsets().standard() }.run(&cores, shapes.clone())
+    let images: Vec<ValueId> =
+        graph.inputs().iter().copied().filter(|&input| is_image(graph, &shapes, input)).collect();
+    let content = Content::of(graph, &shapes, &images);
+    let cores = find_image_cores(graph, &shapes, &content)?;
+    let opset = model.opsets().standard();
+    Recogniser { graph, shapes: &shapes, content: &content, opset }.run(&cores, shapes.clone())
 }
 
 /// Attention cores that images reach.
-fn find_image_cores(graph: &Graph, shapes: &Shapes) -> Result<Vec<Core>, Refusal> {
-    let cores = core::find_cores(graph, shapes);
+fn find_image_cores(graph: &Graph, shapes: &Shapes, content: &Content<'_>) -> Result<Vec<Core>, Refusal> {
+    let mut cores = core::find_cores(graph, shapes);
     if cores.is_empty() {
         return Err(Refusal::NotAVit("the graph has no attention (no softmax between two matrix products)".into()));
     }
-    let ends: Vec<NodeId> = cores.iter().map(|core| core.softmax).collect();
-    let flow = Flow::towards(graph, shapes, &ends);
-    let images: Vec<Core> = (cores.into_iter())
-        .filter(|core| flow.inputs_of(core.softmax).iter().any(|&input| is_image(graph, shapes, input)))
-        .collect();
-    if images.is_empty() {
-        let message =
-            "no attention reads an image (a 4-dimensional input of numbers): is it a model for text or audio?";
+    cores.retain(|core| graph.node(core.softmax).results().any(|value| content.contains(value)));
+    if cores.is_empty() {
+        let message = "no attention reads an image (an input of numbers with four dimensions, or five for video): is it \
+                       a model for text or audio?";
         return Err(Refusal::NotAVit(message.into()));
     }
-    Ok(images)
+    Ok(cores)
 }
 
 fn is_image(graph: &Graph, shapes: &Shapes, input: ValueId) -> bool {
     let rank = shapes.dims(input).map(<[Expr]>::len);
     let dtype = graph.value(input).ty().map(|ty| ty.dtype);
-    rank == Some(4) && dtype.is_some_and(|dtype| dtype.is_float() || dtype == vitrim_ir::DataType::U8)
+    matches!(rank, Some(4 | 5)) && dtype.is_some_and(|dtype| dtype.is_float() || dtype == vitrim_ir::DataType::U8)
 }
 
 struct Recogniser<'a> {
     graph: &'a Graph,
     shapes: &'a Shapes,
+    content: &'a Content<'a>,
     opset: i64,
 }
 
@@ -224,26 +209,25 @@ impl Recogniser<'_> {
     fn run(&self, cores: &[Core], shapes: Shapes) -> Result<VitModel, Refusal> {
         let graph = self.graph;
         let first_cut = self.first_cut(cores)?;
-        let flow = Flow::towards(graph, self.shapes, &[first_cut]);
+        let flow = Flow::towards(self.content, &[first_cut]);
         let origin_node = flow.gate_before(first_cut).ok_or_else(|| {
             Refusal::NotAVit(format!("nothing that all of the image passes comes before {}", graph.describe(first_cut)))
         })?;
         let origin = (graph.node(origin_node).results())
-            .find(|&value| self.shapes.is_data(value) && !graph.value(value).uses().is_empty())
+            .find(|&value| self.content.contains(value) && !graph.value(value).uses().is_empty())
             .ok_or_else(|| Refusal::NotAVit(format!("{} has no result", graph.describe(origin_node))))?;
-        let image = (flow.inputs_of(origin_node).into_iter())
-            .find(|&input| is_image(graph, self.shapes, input))
+        let image = (self.content.inputs_of(origin_node).into_iter().next())
             .ok_or_else(|| Refusal::NotAVit("the first attention reads no image".into()))?;
-        let (axes, stream) = self.token_axis(origin, cores)?;
-        let blocks = self.blocks(cores, &axes, stream)?;
-        let special = special::find(graph, self.shapes, origin, stream.tokens);
+        let axes = self.tokens(origin, cores)?;
+        let blocks = self.blocks(cores, &axes)?;
+        let special = special::find(graph, self.shapes, &axes);
         let last = blocks.last().map(|block| block.cut).unwrap_or(first_cut);
         let mut restore_before = Vec::new();
-        let after_core: HashSet<NodeId> = flow_after(graph, self.shapes, &blocks);
+        let after_core: HashSet<NodeId> = flow_after(self.content, &blocks);
         for (node, reason) in axes.pins() {
             let pin =
                 Pin { node, name: graph.describe(node), op: graph.node(node).op.to_string(), reason: reason.into() };
-            let reached = Flow::towards(graph, self.shapes, &[node]).reached_from(node);
+            let reached = Flow::towards(self.content, &[node]).reached_from(node);
             let inside = cores.iter().any(|core| reached.contains(&core.softmax) && !is_pool(core, &axes, graph));
             if inside || !after_core.contains(&node) {
                 return Err(Refusal::Pinned { node: pin.name, reason: pin.reason });
@@ -252,67 +236,83 @@ impl Recogniser<'_> {
         }
         let heads = self.heads(&axes, &blocks, last);
         let special = special.named(&heads);
-        Ok(VitModel { revision: graph.revision(), shapes, axes, image, stream, blocks, special, heads, restore_before })
+        Ok(VitModel { revision: graph.revision(), shapes, axes, image, blocks, special, heads, restore_before })
     }
 
     /// The first cut, found before anything is known of tokens.
     fn first_cut(&self, cores: &[Core]) -> Result<NodeId, Refusal> {
-        self.cut_after(&cores[0], cores.get(1).map(|core| core.softmax))
+        self.cut_after(&cores[0], cores.get(1).map(|core| core.softmax), None)
     }
 
     /// The earliest node after `core` that all content passes on its way to `next` (or, after the last core, to the
     /// graph's outputs).
-    fn cut_after(&self, core: &Core, next: Option<NodeId>) -> Result<NodeId, Refusal> {
+    fn cut_after(&self, core: &Core, next: Option<NodeId>, axes: Option<&Axes>) -> Result<NodeId, Refusal> {
         let graph = self.graph;
         let ends = match next {
             Some(next) => vec![next],
             None => {
-                let reached = Flow::towards(graph, self.shapes, &[core.mix]).reached_from(core.mix);
+                let reached = Flow::towards(self.content, &[core.mix]).reached_from(core.mix);
                 let ends = graph.outputs().iter().filter_map(|&output| graph.producer(output)).map(|(node, _)| node);
                 ends.filter(|end| reached.contains(end)).collect()
             }
         };
-        let flow = Flow::towards(graph, self.shapes, &ends);
+        let flow = Flow::towards(self.content, &ends);
         let reached = flow.reached_from(core.mix);
         let cut = flow.gates().into_iter().find(|gate| reached.contains(gate) && *gate != core.mix);
-        cut.filter(|cut| next != Some(*cut)).ok_or_else(|| Refusal::Pinned {
+        let cut = cut.filter(|cut| next != Some(*cut));
+        // Behind the last attention, features of several depths may be gathered: no single node has them all.
+        let cut = match axes.filter(|_| next.is_none()) {
+            Some(axes) => cut.filter(|cut| is_stream(graph, axes, *cut)).or_else(|| self.join_after(core, axes)),
+            None => cut,
+        };
+        cut.ok_or_else(|| Refusal::Pinned {
             node: graph.describe(core.softmax),
             reason: "it is an attention after which the model has no single stream of tokens to regroup".into(),
         })
     }
 
-    /// The axis of the origin along which the first attention runs.
-    fn token_axis(&self, origin: ValueId, cores: &[Core]) -> Result<(Axes, StreamAxes), Refusal> {
+    /// Where what an attention gives joins the residual stream: the last such node before its way forks.
+    fn join_after(&self, core: &Core, axes: &Axes) -> Option<NodeId> {
         let graph = self.graph;
-        let not = |reason: String| Refusal::NotAVit(reason);
-        let dims = self.shapes.dims(origin).ok_or_else(|| {
-            not(format!(
-                "the shape of '{}' is not known: {}",
-                graph.value(origin).name(),
-                self.shapes.reason(origin).unwrap_or("no rule")
-            ))
-        })?;
-        let rank = dims.len();
-        let mut failure = None;
-        let mut candidates: Vec<usize> = (0..rank).collect();
-        candidates.sort_by_key(|&axis| (axis != 1, axis));
-        for axis in candidates.into_iter().filter(|&axis| !dims[axis].is(1)) {
-            let axes = Axes::follow(graph, self.shapes, origin, axis, self.opset).map_err(not)?;
-            if is_block(&cores[0], &axes, graph) {
-                if rank != 3 || axis == 2 {
-                    let node = graph.producer(origin).map_or(String::new(), |(node, _)| graph.describe(node));
-                    let reason =
-                        format!("it gives a residual stream of {rank} dimensions, not [batch, tokens, channels]");
-                    return Err(Refusal::Pinned { node, reason });
+        let stream = axes.layout(axes.origin());
+        let mut joined = None;
+        let mut node = core.mix;
+        // Every step goes to a reader, so the walk ends.
+        loop {
+            let mut readers: Vec<NodeId> = Vec::new();
+            for result in graph.node(node).results() {
+                readers.extend(graph.value(result).uses().iter().map(|used| used.node));
+                if graph.output_slots(result).next().is_some() {
+                    return joined;
                 }
-                return Ok((axes, StreamAxes { batch: 1 - axis, tokens: axis, channels: 2 }));
+            }
+            readers.dedup();
+            let &[next] = readers.as_slice() else { return joined };
+            let from_stream = |value: ValueId| {
+                axes.layout(value) == stream && graph.producer(value).is_none_or(|(producer, _)| producer != node)
+            };
+            if is_stream(graph, axes, next) && graph.node(next).operands().any(from_stream) {
+                joined = Some(next);
+            }
+            node = next;
+        }
+    }
+
+    /// The tokens of the origin: those over which the first attention runs.
+    fn tokens(&self, origin: ValueId, cores: &[Core]) -> Result<Axes, Refusal> {
+        let graph = self.graph;
+        let mut failure = None;
+        for source in stream::sources(graph, self.shapes, origin, &cores[0])? {
+            let axes = Axes::follow(graph, self.shapes, source, self.opset);
+            if is_block(&cores[0], &axes, graph) {
+                return Ok(axes);
             }
             let pin = axes.pins().next().map(|(node, reason)| (graph.describe(node), reason.to_owned()));
             failure = failure.or(pin);
         }
         Err(match failure {
             Some((node, reason)) => Refusal::Pinned { node, reason },
-            None => not(format!(
+            None => Refusal::NotAVit(format!(
                 "{} does not attend over an axis of '{}'",
                 graph.describe(cores[0].softmax),
                 graph.value(origin).name()
@@ -320,12 +320,12 @@ impl Recogniser<'_> {
         })
     }
 
-    fn blocks(&self, cores: &[Core], axes: &Axes, stream: StreamAxes) -> Result<Vec<Block>, Refusal> {
+    fn blocks(&self, cores: &[Core], axes: &Axes) -> Result<Vec<Block>, Refusal> {
         let encoder: Vec<&Core> = cores.iter().filter(|core| is_block(core, axes, self.graph)).collect();
         let mut blocks = Vec::with_capacity(encoder.len());
         for (at, core) in encoder.iter().enumerate() {
-            let cut = self.cut_after(core, encoder.get(at + 1).map(|next| next.softmax))?;
-            let heads = self.heads_of(core, axes, stream).ok_or_else(|| Refusal::Pinned {
+            let cut = self.cut_after(core, encoder.get(at + 1).map(|next| next.softmax), Some(axes))?;
+            let heads = self.heads_of(core, axes).ok_or_else(|| Refusal::Pinned {
                 node: self.graph.describe(core.softmax),
                 reason: "it is an attention whose number of heads is not known".into(),
             })?;
@@ -335,7 +335,7 @@ impl Recogniser<'_> {
     }
 
     /// Heads of a block's attention: what its outer axes hold beside the batch.
-    fn heads_of(&self, core: &Core, axes: &Axes, stream: StreamAxes) -> Option<usize> {
+    fn heads_of(&self, core: &Core, axes: &Axes) -> Option<usize> {
         let node = self.graph.node(core.softmax);
         if let Some(heads) = node.int("q_num_heads").filter(|_| core.is_fused()) {
             return usize::try_from(heads).ok();
@@ -344,12 +344,11 @@ impl Recogniser<'_> {
         let layout = axes.layout(value)?;
         let outer = &layout.0[..layout.rank().checked_sub(2)?];
         let extents = outer.iter().map(|axis| axis.plain_extent()).collect::<Option<Vec<_>>>()?;
-        let batch = &self.shapes.dims(axes.origin())?[stream.batch];
-        usize::try_from(Expr::product(&extents)?.div_exact(batch)?.as_known()?).ok()
+        usize::try_from(Expr::product(&extents)?.div_exact(axes.batch())?.as_known()?).ok()
     }
 
     fn heads(&self, axes: &Axes, blocks: &[Block], last: NodeId) -> Vec<Head> {
-        let after = Flow::towards(self.graph, self.shapes, &[last]).reached_from(last);
+        let after = Flow::towards(self.content, &[last]).reached_from(last);
         let mut heads = Vec::new();
         let softmaxes: HashSet<NodeId> = blocks.iter().map(|block| block.core.softmax).collect();
         for (node, effect) in axes.effects() {
@@ -375,10 +374,15 @@ impl Recogniser<'_> {
     }
 }
 
+/// Whether a node gives a tensor with the axes of the residual stream.
+fn is_stream(graph: &Graph, axes: &Axes, node: NodeId) -> bool {
+    graph.node(node).results().any(|value| axes.layout(value) == axes.layout(axes.origin()))
+}
+
 /// Nodes that content of any block's attention reaches.
-fn flow_after(graph: &Graph, shapes: &Shapes, blocks: &[Block]) -> HashSet<NodeId> {
+fn flow_after(content: &Content<'_>, blocks: &[Block]) -> HashSet<NodeId> {
     let Some(first) = blocks.first() else { return HashSet::new() };
-    Flow::towards(graph, shapes, &[first.core.softmax]).reached_from(first.core.softmax)
+    Flow::towards(content, &[first.core.softmax]).reached_from(first.core.softmax)
 }
 
 /// Whether a core attends over the tokens, for every token.

@@ -1,6 +1,6 @@
 //! Special tokens: what was joined to the patches before the first block.
 
-use vitrim_ir::{Expr, Graph, Shapes, ValueId};
+use vitrim_ir::{Axes, Expr, Graph, Shapes, ValueId};
 
 use super::{Head, SpecialTokens};
 
@@ -25,49 +25,87 @@ impl Joined {
 }
 
 /// Walks from the origin towards the image and counts what joins the token axis on the way.
-pub(super) fn find(graph: &Graph, shapes: &Shapes, origin: ValueId, axis: usize) -> Joined {
+pub(super) fn find(graph: &Graph, shapes: &Shapes, axes: &Axes) -> Joined {
     let mut joined = Joined::default();
-    let mut value = origin;
-    let mut axis = axis;
+    let mut value = axes.origin();
+    let Some(mut axis) = axes.layout(value).and_then(|layout| layout.token_axes().first().copied()) else {
+        return joined;
+    };
+    let mut tokens = axes.tokens().clone();
+    // Entries of the tensor at hand that were cut off on the way from it to the origin.
+    let mut cut = Joined::default();
     // Every step goes to a producer, so the walk ends; the bound is for graphs that are absurdly deep.
     for _ in 0..10_000 {
         let Some((id, _)) = graph.producer(value) else { break };
         let node = graph.node(id);
-        let data: Vec<ValueId> = node.operands().filter(|&operand| shapes.is_data(operand)).collect();
+        let first = node.operands().find(|&operand| shapes.is_data(operand));
         let next = match node.op.name.as_str() {
-            "Concat" => {
-                let Some(rank) = shapes.dims(value).map(<[Expr]>::len) else { break };
-                let at = node.int("axis").unwrap_or(0);
-                let at = if at < 0 { at + rank as i64 } else { at } as usize;
-                if at != axis {
-                    data.first().copied()
-                } else {
-                    // The patches are the longest part that depends on the image.
-                    let extent = |operand: ValueId| shapes.dims(operand).and_then(|dims| dims.get(axis)?.as_known());
-                    let operands: Vec<ValueId> = node.operands().collect();
-                    let Some(patches) = operands.iter().position(|operand| shapes.is_data(*operand)) else { break };
-                    let count =
-                        |operands: &[ValueId]| operands.iter().map(|&operand| extent(operand)).sum::<Option<i64>>();
-                    let (Some(front), Some(back)) = (count(&operands[..patches]), count(&operands[patches + 1..]))
-                    else {
-                        break;
-                    };
-                    joined.front += front as usize;
-                    joined.back += back as usize;
-                    Some(operands[patches])
-                }
+            "Concat" if place(shapes, value, node.int("axis").unwrap_or(0)) == Some(axis) => {
+                let extent = |operand: ValueId| shapes.dims(operand).and_then(|dims| dims.get(axis).cloned());
+                // The patches are the longest part that comes from the input; one of unknown length is.
+                let operands: Vec<ValueId> = node.operands().collect();
+                let length =
+                    |at: &usize| extent(operands[*at]).and_then(|extent| extent.as_known()).unwrap_or(i64::MAX);
+                let from_input = (0..operands.len()).rev().filter(|&at| shapes.is_data(operands[at]));
+                let Some(patches) = from_input.max_by_key(length) else { break };
+                let count = |operands: &[ValueId]| {
+                    operands.iter().map(|&operand| extent(operand)?.as_known()).sum::<Option<i64>>()
+                };
+                let (Some(front), Some(back)) = (count(&operands[..patches]), count(&operands[patches + 1..])) else {
+                    break;
+                };
+                joined.front += (front as usize).saturating_sub(cut.front);
+                joined.back += (back as usize).saturating_sub(cut.back);
+                cut.front = cut.front.saturating_sub(front as usize);
+                cut.back = cut.back.saturating_sub(back as usize);
+                let Some(left) = extent(operands[patches]) else { break };
+                tokens = left;
+                Some(operands[patches])
+            }
+            "Slice" if extent_at(shapes, first, axis) != extent_at(shapes, Some(value), axis) => {
+                let dims = |value: Option<ValueId>| extent_at(shapes, value, axis)?.as_known();
+                let start =
+                    node.input(1).and_then(|starts| shapes.ints(starts)).and_then(|starts| starts.first()?.as_known());
+                let (Some(before), Some(after), Some(start @ 0..)) = (dims(first), dims(Some(value)), start) else {
+                    break;
+                };
+                cut.front += start as usize;
+                cut.back += (before - after - start).max(0) as usize;
+                tokens = Expr::known(before);
+                first
+            }
+            "Pad" => {
+                let rank = shapes.dims(value).map_or(0, <[Expr]>::len);
+                let pads = node.input(1).and_then(|pads| shapes.ints(pads)).filter(|pads| pads.len() == 2 * rank);
+                let pad = |at: usize| pads.and_then(|pads| pads[at].as_known()).and_then(|n| usize::try_from(n).ok());
+                let (Some(front), Some(back), Some(left)) =
+                    (pad(axis), pad(axis + rank), extent_at(shapes, first, axis))
+                else {
+                    break;
+                };
+                joined.front += front;
+                joined.back += back;
+                tokens = left;
+                first
             }
             "Transpose" => {
-                let perm = node.ints("perm");
                 let Some(rank) = shapes.dims(value).map(<[Expr]>::len) else { break };
-                axis = match perm.and_then(|perm| perm.get(axis)) {
+                axis = match node.ints("perm").and_then(|perm| perm.get(axis)) {
                     Some(&from) => from as usize,
                     None => rank - 1 - axis,
                 };
-                data.first().copied()
+                first
             }
-            "Conv" | "Reshape" | "Flatten" | "MatMul" | "Gemm" | "Einsum" => break,
-            _ => data.first().copied(),
+            "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => {
+                // Past it if the tokens have an axis of their own there.
+                let dims = first.and_then(|operand| shapes.dims(operand)).unwrap_or_default();
+                let mut alike = (0..dims.len()).filter(|&at| dims[at] == tokens);
+                let (Some(only), None) = (alike.next(), alike.next()) else { break };
+                axis = only;
+                first
+            }
+            "Conv" | "MatMul" | "Gemm" | "Einsum" => break,
+            _ => first,
         };
         match next {
             Some(next) if next != value => value = next,
@@ -75,4 +113,13 @@ pub(super) fn find(graph: &Graph, shapes: &Shapes, origin: ValueId, axis: usize)
         }
     }
     joined
+}
+
+fn extent_at(shapes: &Shapes, value: Option<ValueId>, axis: usize) -> Option<Expr> {
+    shapes.dims(value?)?.get(axis).cloned()
+}
+
+fn place(shapes: &Shapes, value: ValueId, axis: i64) -> Option<usize> {
+    let rank = shapes.dims(value)?.len() as i64;
+    usize::try_from(if axis < 0 { axis + rank } else { axis }).ok()
 }

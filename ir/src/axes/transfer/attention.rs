@@ -1,7 +1,7 @@
 //! Attention as one operator.
 
 use super::{Context, Flow, Transfer};
-use crate::axes::{Axis, Effect, Layout, Span};
+use crate::axes::{Axis, Effect, Layout};
 use crate::graph::Node;
 
 impl Context<'_> {
@@ -17,7 +17,7 @@ impl Context<'_> {
             return Err("its attention is causal or has a cache".into());
         }
         let token_axis = if k.len() == 4 { 2 } else { 1 };
-        if k[token_axis].only_tokens() != Some(Span::ALL) || !v[token_axis].same_as(&k[token_axis]) {
+        if k[token_axis].only_tokens().is_none() || !v[token_axis].same_as(&k[token_axis]) {
             return Err("its keys and values are not the tokens".into());
         }
         let elsewhere = |axes: &[Axis]| axes.iter().enumerate().any(|(at, axis)| at != token_axis && axis.has_tokens());
@@ -26,14 +26,8 @@ impl Context<'_> {
         }
         let mut flow = Flow::default().with(Effect::Attend);
         if let Some(mask) = node.input(3) {
-            let dims = self.axes(mask)?;
-            let sized = dims.iter().rev().take(2).any(|axis| !axis.atoms().is_empty());
-            if sized && self.shapes.uniform(mask).is_none() {
-                return Err("its mask has an entry for each token".into());
-            }
-            if sized {
-                flow.effects.push(Effect::UniformTable { slot: 3 });
-            }
+            let scores = [q[0].clone(), Axis::default(), q[token_axis].clone(), k[token_axis].clone()];
+            flow.effects.extend(self.table(3, mask, &scores)?);
         }
         if node.output(3).is_some() {
             return Err("its scores are read elsewhere".into());

@@ -71,26 +71,11 @@ impl Context<'_> {
             if self.layout(Some(value)).is_some() {
                 continue;
             }
-            let dims = self.dims(value)?;
-            for (at, dim) in dims.iter().enumerate() {
+            effects.extend(self.table(slot, value, &axes)?);
+            for (at, dim) in self.dims(value)?.iter().enumerate() {
                 let out = &mut axes[out_rank - rank + at];
-                if dim.is(1) {
-                    continue;
-                }
                 if out.atoms().is_empty() {
                     *out = Axis::plain(dim);
-                } else if out.has_tokens() {
-                    let effect = if self.shapes.uniform(value).is_some() {
-                        Effect::UniformTable { slot }
-                    } else {
-                        return Err(format!(
-                            "operand {slot} ('{}') has an entry of its own for each token",
-                            self.graph.value(value).name()
-                        ));
-                    };
-                    if !effects.contains(&effect) {
-                        effects.push(effect);
-                    }
                 }
             }
         }

@@ -6,9 +6,9 @@ mod moving;
 mod products;
 mod reductions;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
-use super::{Effect, Layout};
+use super::{Axis, Effect, Layout, Source};
 use crate::graph::{Graph, Node};
 use crate::{Expr, Shapes, ValueId};
 
@@ -41,10 +41,10 @@ pub(super) struct Context<'a> {
     pub graph: &'a Graph,
     pub shapes: &'a Shapes,
     pub opset: i64,
-    pub tokens: &'a Expr,
-    /// Extent of the origin's first axis that is not the token axis.
-    pub batch: &'a Expr,
+    pub source: &'a Source,
     pub layouts: &'a HashMap<ValueId, Layout>,
+    /// Values that depend on the tokens' content.
+    pub reached: &'a HashSet<ValueId>,
 }
 
 impl Context<'_> {
@@ -86,6 +86,9 @@ impl Context<'_> {
             "Gather" => self.gather(node),
             "Concat" => self.concat(node),
             "Expand" => self.expand(node),
+            "Tile" => self.tile(node),
+            "Pad" => self.pad(node),
+            "TopK" | "CumSum" => self.along_axis(node),
             "Softmax" | "LogSoftmax" => self.softmax(node),
             "LayerNormalization" | "RMSNormalization" | "SimplifiedLayerNormalization" | "LpNormalization" => {
                 self.layer_norm(node)
@@ -119,6 +122,33 @@ impl Context<'_> {
 
     fn result_dims(&self, node: &Node, slot: usize) -> Result<&[Expr], String> {
         self.dims(node.output(slot).ok_or("it has no result")?)
+    }
+
+    /// What an operand is that has no tokens and is broadcast to `axes`: nothing of note, or a table with entries for
+    /// tokens.
+    fn table(&self, slot: usize, value: ValueId, axes: &[Axis]) -> Result<Option<Effect>, String> {
+        let dims = self.dims(value)?;
+        let lead = axes.len().checked_sub(dims.len()).ok_or("it has more axes than what it is broadcast to")?;
+        let along = || (0..dims.len()).filter(|&at| axes[lead + at].has_tokens() && !dims[at].is(1));
+        if along().next().is_none() {
+            return Ok(None);
+        }
+        if self.shapes.uniform(value).is_some() {
+            return Ok(Some(Effect::UniformTable { slot }));
+        }
+        let name = self.graph.value(value).name();
+        if self.reached.contains(&value) {
+            return Err(format!("operand {slot} ('{name}') has an entry of its own for each token"));
+        }
+        let entry = |at: usize| {
+            let axis = &axes[lead + at];
+            let all = axis.extent(&self.source.tokens).as_ref() == Some(&dims[at]);
+            let span = axis.only_tokens().filter(|_| all).ok_or_else(|| {
+                format!("operand {slot} ('{name}') has {} entries along an axis that holds tokens and more", dims[at])
+            })?;
+            Ok::<_, String>((at, span))
+        };
+        Ok(Some(Effect::Table { slot, axes: along().map(entry).collect::<Result<_, _>>()? }))
     }
 
     /// Known integers of an operand, or of an attribute in older operator sets.

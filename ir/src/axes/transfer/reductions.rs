@@ -1,7 +1,7 @@
 //! Normalisation and reduction.
 
 use super::{Context, Flow, Transfer};
-use crate::axes::{Axis, Effect, Layout, Span};
+use crate::axes::{Axis, Effect, Layout};
 use crate::graph::Node;
 
 impl Context<'_> {
@@ -15,7 +15,7 @@ impl Context<'_> {
         match tokens.as_slice() {
             [] => Ok(Flow::of(layout.clone())),
             [only]
-                if layout.0[*only].only_tokens() == Some(Span::ALL)
+                if layout.0[*only].only_tokens().is_some()
                     && covered.clone().all(|at| at == *only || layout.0[at].atoms().is_empty())
                     && node.is("Softmax") =>
             {

@@ -1,0 +1,144 @@
+//! Parts of the tokens: operators that hold all but some at the ends, or others beside them.
+
+use vitrim_ir::{Effect, NodeId, Span, Tensor, ValueId};
+
+use super::Rewriter;
+use crate::Refusal;
+
+impl Rewriter<'_> {
+    /// Whether a node takes tokens by position, or leaves them out, that merging may move.
+    pub(super) fn reads_moving_tokens(&self, node: NodeId) -> bool {
+        let (protect, suffix) = (self.protect as i64, self.suffix as i64);
+        let picks = self.vit.axes.effects_of(node).any(|effect| match *effect {
+            Effect::Pick { first, count } if first >= 0 => first + count as i64 > protect,
+            Effect::Pick { first, .. } => -first > suffix,
+            _ => false,
+        });
+        let beyond = |value: ValueId| {
+            let layout = self.vit.axes.layout(value).into_iter().flat_map(|layout| &layout.0);
+            layout.filter_map(|axis| axis.span()).any(|span| span.front > protect || span.back > suffix)
+        };
+        picks || self.graph.node(node).results().any(beyond)
+    }
+
+    /// What reads merged tokens by position may read only those that keep their place: the protected ones.
+    pub(super) fn check_positions(&self) -> Result<(), Refusal> {
+        let (protect, suffix) = (self.protect as i64, self.suffix as i64);
+        let refuse = |node: NodeId, what: String| {
+            Refusal::Request(format!(
+                "{} reads tokens by position ({what}) that are not protected: {protect} at the front and {suffix} at \
+                 the end are; protect more with --protect",
+                self.graph.describe(node)
+            ))
+        };
+        for (node, effect) in self.vit.axes.effects() {
+            let reads_merged =
+                self.graph.node(*node).operands().any(|value| self.stage_read(value).is_some_and(|stage| stage > 0));
+            if let Effect::Pick { first, count } = *effect {
+                let kept = if first >= 0 { first + count as i64 <= protect } else { -first <= suffix };
+                if reads_merged && !kept && !self.stages.restore_at.contains(node) {
+                    return Err(refuse(*node, format!("{count} from {first} on")));
+                }
+            }
+        }
+        for (value, _) in self.stages.values() {
+            let Some((node, _)) = self.graph.producer(value) else { continue };
+            let layout = self.vit.axes.layout(value).cloned().unwrap_or_default();
+            for span in layout.0.iter().filter_map(|axis| axis.span()) {
+                if span.front > protect || span.back > suffix {
+                    return Err(refuse(node, format!("all but the first {} and last {}", span.front, span.back)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sizes of the slots in `span` at a stage, `[B, M, 1]`; what is no token has the size one.
+    pub(super) fn size_over(&mut self, stage: usize, span: Span) -> Option<ValueId> {
+        let size = self.stages.size(stage)?;
+        if span == Span::ALL {
+            return Some(size);
+        }
+        if let Some(&known) = self.sizes_over.get(&(stage, span)) {
+            return Some(known);
+        }
+        let hint = format!("vitrim/size{stage}_{}_{}", span.front, span.back);
+        let mut value = self.within(size, span, &hint);
+        if !span.is_within() {
+            let one =
+                |count: i64| (count < 0).then(|| Tensor::f32s(&[1, -count as usize, 1], &vec![1.0; -count as usize]));
+            value = self.with_others(value, one(span.front), one(span.back), &hint);
+        }
+        self.sizes_over.insert((stage, span), value);
+        Some(value)
+    }
+
+    /// `positions`, `[B, K]`, of entries that are protected at both ends, for the entries of `span` alone and counted from
+    /// the first of them. Without the span they count up to `total`.
+    pub(super) fn positions_over(
+        &mut self,
+        node: NodeId,
+        positions: ValueId,
+        span: Span,
+        total: Option<i64>,
+        hint: &str,
+    ) -> Result<ValueId, Refusal> {
+        if span == Span::ALL {
+            return Ok(positions);
+        }
+        let mut value = self.within(positions, span, hint);
+        if span.front != 0 {
+            let front = self.patch.constant(&format!("{hint}_front"), Tensor::shape(&[span.front]));
+            value = self.patch.op("Sub", &format!("{hint}_from_front"), &[value, front], &[]);
+        }
+        if span.is_within() {
+            return Ok(value);
+        }
+        let count = |first: i64, count: i64| {
+            let numbers: Vec<i64> = (first..first + count).collect();
+            Tensor::integers(vitrim_ir::DataType::I64, &[1, numbers.len()], &numbers)
+        };
+        let front = (span.front < 0).then(|| count(0, -span.front));
+        let back = match (span.back < 0, total) {
+            (false, _) => None,
+            (true, Some(total)) => Some(count(total - span.front, -span.back)),
+            _ => {
+                return Err(
+                    self.pinned(node, "it has entries behind the tokens, whose number is known only at run time")
+                );
+            }
+        };
+        Ok(self.with_others(value, front, back, hint))
+    }
+
+    /// The entries along the second axis that are tokens of `span`.
+    pub(super) fn within(&mut self, value: ValueId, span: Span, hint: &str) -> ValueId {
+        if span.front <= 0 && span.back <= 0 {
+            return value;
+        }
+        let end = if span.back > 0 { -span.back } else { i64::MAX };
+        let bounds = [span.front.max(0), end, 1];
+        let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}_range"), Tensor::shape(&[bound])));
+        self.patch.op("Slice", &format!("{hint}_part"), &[value, bounds[0], bounds[1], bounds[2]], &[])
+    }
+
+    /// `value` with the same entries before and behind it for every image, along the second axis.
+    pub(super) fn with_others(
+        &mut self,
+        value: ValueId,
+        front: Option<Tensor>,
+        back: Option<Tensor>,
+        hint: &str,
+    ) -> ValueId {
+        let bounds = [0, 1, 1].map(|bound| self.patch.constant(&format!("{hint}_one"), Tensor::shape(&[bound])));
+        let first = self.patch.op("Slice", &format!("{hint}_first"), &[value, bounds[0], bounds[1], bounds[2]], &[]);
+        let zero = self.patch.op("Sub", &format!("{hint}_zero"), &[first, first], &[]);
+        let entries = |rewriter: &mut Self, numbers: Option<Tensor>| {
+            let numbers = rewriter.patch.constant(&format!("{hint}_others"), numbers?);
+            Some(rewriter.patch.op("Add", &format!("{hint}_per_image"), &[zero, numbers], &[]))
+        };
+        let parts = [entries(self, front), Some(value), entries(self, back)];
+        let parts: Vec<ValueId> = parts.into_iter().flatten().collect();
+        self.patch.op("Concat", &format!("{hint}_with_others"), &parts, &[("axis", vitrim_ir::Attribute::Int(1))])
+    }
+}
