@@ -1,6 +1,7 @@
 //! What is no model, a broken or hostile one, or a request that cannot be met: exit code 2, one line that says why,
 //! nothing written, no panic, little time and memory.
 
+mod common;
 mod wire;
 
 use std::collections::BTreeMap;
@@ -10,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use tempfile::TempDir;
+use common::Folder;
 use vitrim_ir::{Attribute, DataType, DimSpec, GraphBuilder, Model, OpType, Patch, Tensor, TensorType};
 
 /// Far more than any refusal takes on a busy machine.
@@ -19,24 +20,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Address space that the process may have, in KiB: the program itself, its stacks and the mapped model are in it.
 const ADDRESS_SPACE: u64 = 2 << 20;
 
-/// A folder with what a test starts from.
-struct Folder(TempDir);
-
 impl Folder {
-    fn new() -> Self {
-        Folder(tempfile::tempdir().expect("a temporary folder"))
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> PathBuf {
-        let path = self.at(name);
-        fs::write(&path, bytes).expect("the folder can be written");
-        path
-    }
-
     /// Every file and folder, with what is in it.
     fn contents(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         fn add(folder: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
@@ -53,7 +37,7 @@ impl Folder {
             }
         }
         let mut found = BTreeMap::new();
-        add(self.0.path(), &mut found);
+        add(self.path(), &mut found);
         found
     }
 
@@ -67,7 +51,7 @@ impl Folder {
         } else {
             Command::new(env!("CARGO_BIN_EXE_vitrim"))
         };
-        command.args(arguments).current_dir(self.0.path()).env("RUST_BACKTRACE", "1");
+        command.args(arguments).current_dir(self.path()).env("RUST_BACKTRACE", "1");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the program starts");
         let start = Instant::now();
@@ -230,11 +214,11 @@ fn messages_inside_each_other_without_end_are_refused() {
     let types = [&[MODEL_GRAPH, 11, 2][..], &[4, 1].repeat(DEEP)].concat();
     for (name, path) in [("attributes", attributes), ("types", types)] {
         let name = format!("{name}.onnx");
-        folder.write(&name, &[&whole[..], &wire::nested(path.len(), &path)].concat());
+        folder.write(&name, [&whole[..], &wire::nested(path.len(), &path)].concat());
         folder.refused_by_all(&name, "nested too deep");
     }
     // Groups, a form of message that protobuf has given up, in a field that ONNX does not have.
-    folder.write("groups.onnx", &[&whole[..], &wire::varint(100 << 3 | 3).repeat(DEEP)].concat());
+    folder.write("groups.onnx", [&whole[..], &wire::varint(100 << 3 | 3).repeat(DEEP)].concat());
     folder.refused_by_all("groups.onnx", "groups.onnx");
 }
 
@@ -242,13 +226,12 @@ fn messages_inside_each_other_without_end_are_refused() {
 fn external_files_outside_the_folder_are_refused() {
     let outer = Folder::new();
     let folder = Folder::new();
-    let secret = outer.write("secret.bin", &[0; 64]);
-    folder.write("near.bin", &[0; 64]);
+    let secret = outer.write("secret.bin", [0; 64]);
+    folder.write("near.bin", [0; 64]);
     fs::create_dir(folder.at("sub")).expect("the folder can be written");
     let whole = vit_bytes();
     let secret = secret.to_str().expect("temporary folders have names of text");
-    let name_of_outer =
-        outer.0.path().file_name().and_then(OsStr::to_str).expect("temporary folders have names of text");
+    let name_of_outer = outer.path().file_name().and_then(OsStr::to_str).expect("temporary folders have names of text");
     let up = format!("../{name_of_outer}/secret.bin");
     let mut cases = vec![
         ("up", up, "its location contains `..`"),
@@ -266,18 +249,18 @@ fn external_files_outside_the_folder_are_refused() {
     for (name, location, message) in cases {
         let tensor = wire::external(&[("location", &location), ("offset", "0"), ("length", "8")]);
         let name = format!("{name}.onnx");
-        folder.write(&name, &wire::with(&whole, wire::GRAPH_INITIALIZER, &tensor));
+        folder.write(&name, wire::with(&whole, wire::GRAPH_INITIALIZER, &tensor));
         folder.refused_by_all(&name, message);
     }
     for (name, offset, length) in [("end", "60", "8"), ("far", "18446744073709551612", "8"), ("minus", "-4", "8")] {
         let tensor = wire::external(&[("location", "near.bin"), ("offset", offset), ("length", length)]);
         let name = format!("{name}.onnx");
-        folder.write(&name, &wire::with(&whole, wire::GRAPH_INITIALIZER, &tensor));
+        folder.write(&name, wire::with(&whole, wire::GRAPH_INITIALIZER, &tensor));
         folder.refused_by_all(&name, "tensor 'elsewhere'");
     }
     // The same file within the bounds is fine.
     let tensor = wire::external(&[("location", "near.bin"), ("offset", "56"), ("length", "8")]);
-    folder.write("good.onnx", &wire::with(&whole, wire::GRAPH_INITIALIZER, &tensor));
+    folder.write("good.onnx", wire::with(&whole, wire::GRAPH_INITIALIZER, &tensor));
     assert!(folder.run(&["merge", "good.onnx", "out.onnx", "-r", "4"]).status.success());
 }
 
@@ -327,11 +310,11 @@ fn operators_and_versions_that_are_not_known_are_refused() {
         (i64::MAX, "version 9223372036854775807 of the standard operator set"),
     ] {
         let name = format!("version{version}.onnx");
-        folder.write(&name, &of_version(version));
+        folder.write(&name, of_version(version));
         folder.refused(&["merge", &name, "out.onnx", "-r", "4"], message);
         folder.refused(&["inspect", &name], message);
     }
-    folder.write("version17.onnx", &of_version(17));
+    folder.write("version17.onnx", of_version(17));
     assert!(folder.run(&["merge", "version17.onnx", "out.onnx", "-r", "4"]).status.success());
 }
 
@@ -502,7 +485,7 @@ fn functions_that_multiply_are_refused() {
 #[test]
 fn places_that_cannot_be_written_are_refused() {
     let folder = Folder::new();
-    folder.write("in.onnx", &vit_bytes());
+    folder.write("in.onnx", vit_bytes());
     folder.write("file", b"");
     fs::create_dir(folder.at("taken")).expect("the folder can be written");
     let merge = |output: &str, message: &str| folder.refused(&["merge", "in.onnx", output, "-r", "4"], message);
@@ -529,8 +512,8 @@ fn places_that_cannot_be_written_are_refused() {
     }
     // Nor the file that holds its weights.
     let tensor = wire::external(&[("location", "weights.bin"), ("offset", "0"), ("length", "8")]);
-    folder.write("weights.bin", &[0; 8]);
-    folder.write("ext.onnx", &wire::with(&vit_bytes(), wire::GRAPH_INITIALIZER, &tensor));
+    folder.write("weights.bin", [0; 8]);
+    folder.write("ext.onnx", wire::with(&vit_bytes(), wire::GRAPH_INITIALIZER, &tensor));
     folder.refused(&["merge", "ext.onnx", "weights.bin", "-r", "4"], "it holds weights");
 }
 
@@ -539,7 +522,7 @@ fn places_that_cannot_be_written_are_refused() {
 fn files_without_permission_are_refused() {
     use std::os::unix::fs::PermissionsExt;
     let folder = Folder::new();
-    let path = folder.write("in.onnx", &vit_bytes());
+    let path = folder.write("in.onnx", vit_bytes());
     fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).expect("permissions can be set");
     if fs::read(&path).is_ok() {
         // The superuser reads everything.
@@ -555,7 +538,7 @@ fn files_without_permission_are_refused() {
 #[test]
 fn requests_that_cannot_be_met_are_refused() {
     let folder = Folder::new();
-    folder.write("in.onnx", &vit_bytes());
+    folder.write("in.onnx", vit_bytes());
     for (request, message) in [
         (&["-r", "many"][..], "'many' is no number of tokens"),
         (&["-r", "-4"], "'-4' is no number of tokens"),
@@ -614,14 +597,14 @@ fn a_killed_run_leaves_nothing_half_done() {
     drop(file);
 
     let names = || {
-        let entries = folder.0.path().read_dir().expect("the folder can be listed");
+        let entries = folder.path().read_dir().expect("the folder can be listed");
         let mut names: Vec<_> = entries.map(|entry| entry.expect("the folder can be listed").file_name()).collect();
         names.sort();
         names
     };
     let start = |output: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vitrim"));
-        command.args(["merge", "large.onnx", output, "-r", "4"]).current_dir(folder.0.path());
+        command.args(["merge", "large.onnx", output, "-r", "4"]).current_dir(folder.path());
         command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program starts")
     };
     // Once to the end, to know how long it takes and how long the file is.

@@ -1,36 +1,21 @@
 //! The command line as a user meets it: what the commands print and write, and what they exit with.
 
+mod common;
 mod wire;
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output};
 
+use common::Folder;
 use serde_json::Value as Json;
-use tempfile::TempDir;
 use vitrim::feeds::{self, FeedArgs};
 use vitrim::runtime::{self, RuntimeArgs};
 use vitrim_ir::{Attribute, DataType, Graph, Model, Patch, Tensor, TensorType};
 
-/// A folder to work in.
-struct Folder(TempDir);
-
 impl Folder {
-    fn new() -> Self {
-        Folder(tempfile::tempdir().expect("a temporary folder"))
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
-    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
-        fs::write(self.at(name), bytes).expect("the folder can be written");
-        self.at(name)
-    }
-
     fn bytes(&self, name: &str) -> Vec<u8> {
         fs::read(self.at(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
@@ -42,7 +27,7 @@ impl Folder {
     }
 
     fn names(&self) -> BTreeSet<String> {
-        let entries = self.0.path().read_dir().expect("the folder can be listed");
+        let entries = self.path().read_dir().expect("the folder can be listed");
         entries
             .map(|entry| entry.expect("the folder can be listed").file_name().to_string_lossy().into_owned())
             .collect()
@@ -50,7 +35,7 @@ impl Folder {
 
     fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_vitrim"));
-        command.args(arguments).current_dir(self.0.path()).output().expect("the program starts")
+        command.args(arguments).current_dir(self.path()).output().expect("the program starts")
     }
 
     /// Runs the program, which must succeed; gives what it prints.
@@ -442,7 +427,7 @@ fn any_path_will_do() {
             let merge = [OsStr::new("merge"), input.as_os_str(), name, OsStr::new("-r"), OsStr::new("4")];
             let output = folder.run(&[&merge[..], json].concat());
             assert!(output.status.success(), "{name:?}: {}", text(&output.stderr));
-            assert!(Model::read(&folder.0.path().join(name)).is_ok());
+            assert!(Model::read(&folder.path().join(name)).is_ok());
         }
         let output = folder.run(&[OsStr::new("verify"), input.as_os_str(), name, OsStr::new("--json")]);
         assert!(output.status.success(), "{name:?}: {}", text(&output.stderr));

@@ -13,8 +13,8 @@ use vitrim_ir::{Attribute, DataType, DimSpec, GraphBuilder, Model, OpType, Tenso
 use vitrim_ops::{DEFS, DOMAIN, VERSION};
 
 /// One opset of each kind that bodies and exporters tell apart: the oldest supported, the last before axes became
-/// inputs, the first after, and what newer exporters write.
-const OPSETS: [i64; 5] = [13, 17, 18, 20, 23];
+/// inputs, the first after, what newer exporters write, and the newest that ONNX Runtime loads.
+const OPSETS: [i64; 6] = [13, 17, 18, 20, 23, 26];
 
 /// What an operator's values may differ from the oracle's: a few roundings of float32 on entries of size 1 to 4.
 const VALUE_TOLERANCE: f64 = 1e-5;

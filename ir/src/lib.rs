@@ -6,6 +6,7 @@
 
 mod axes;
 mod builder;
+mod canonical;
 mod dim;
 mod graph;
 mod id;
@@ -21,6 +22,7 @@ pub mod validate;
 
 pub use axes::{Atom, Axes, Axis, Effect, Layout, Source, Span};
 pub use builder::GraphBuilder;
+pub use canonical::canonicalise;
 pub use dim::Expr;
 pub use graph::{Attribute, Def, Graph, Node, OpType, OpaqueAttribute, Use, Value};
 pub use id::{NodeId, ValueId};

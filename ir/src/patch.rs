@@ -28,6 +28,8 @@ pub struct Patch {
     functions: Vec<Function>,
     imports: Vec<(String, i64)>,
     metadata: Vec<(String, String)>,
+    /// Whether nodes go that were unused before.
+    sweeps: bool,
     /// That of the model.
     ir_version: i64,
     names: Names,
@@ -97,6 +99,7 @@ impl Patch {
             functions: Vec::new(),
             imports: Vec::new(),
             metadata: Vec::new(),
+            sweeps: false,
             ir_version: model.ir_version(),
             names: Names::of(graph),
         }
@@ -107,7 +110,7 @@ impl Patch {
         let edits = [self.rewires.len(), self.outputs.len(), self.new_outputs.len(), self.attributes.len()];
         let notes =
             [self.types.len(), self.forgotten.len(), self.functions.len(), self.imports.len(), self.metadata.len()];
-        edits.into_iter().chain(notes).all(|count| count == 0)
+        !self.sweeps && edits.into_iter().chain(notes).all(|count| count == 0)
     }
 
     /// A name that nothing in the graph has yet, as close to `hint` as can be.
@@ -117,9 +120,27 @@ impl Patch {
 
     /// A new initializer.
     pub fn constant(&mut self, hint: &str, tensor: Tensor) -> ValueId {
+        self.value(hint, Def::Initializer(tensor))
+    }
+
+    /// A new value; where `def` is [`Def::Undefined`], a node added later must give it.
+    pub(crate) fn value(&mut self, hint: &str, def: Def) -> ValueId {
         let name = self.fresh_name(hint);
-        self.values.push(Value::new(name, Def::Initializer(tensor)));
+        self.values.push(Value::new(name, def));
         ValueId::from_slot(self.first_value + self.values.len() - 1)
+    }
+
+    /// The type that is declared of a value of `graph` or of this patch.
+    pub(crate) fn ty(&self, graph: &Graph, value: ValueId) -> Option<TensorType> {
+        match value.slot().checked_sub(self.first_value) {
+            Some(slot) => self.values.get(slot)?.ty(),
+            None => graph.get_value(value)?.ty(),
+        }
+    }
+
+    /// A node whose results are new values.
+    pub(crate) fn node(&mut self, node: Node) {
+        self.nodes.push(Node { captures: node.read_by_nested(), ..node });
     }
 
     /// A new node with one result: a standard operator on given operands.
@@ -140,19 +161,14 @@ impl Patch {
         let attributes = attributes.iter().map(|(key, value)| ((*key).to_owned(), value.clone())).collect();
         let mut node = Node::new(op, inputs, attributes);
         node.name = self.fresh_name(&format!("{hint}/node"));
-        node.captures = node.read_by_nested();
         // Nodes have metadata from version 10 of the format on.
         if self.ir_version >= 10 {
             node.metadata.push(("vitrim.pass".into(), self.pass.clone()));
         }
-        let mut made = Vec::with_capacity(results);
-        for slot in 0..results {
-            let name = if results == 1 { self.fresh_name(hint) } else { self.fresh_name(&format!("{hint}:{slot}")) };
-            self.values.push(Value::new(name, Def::Undefined));
-            made.push(ValueId::from_slot(self.first_value + self.values.len() - 1));
-        }
+        let name = |slot| if results == 1 { hint.to_owned() } else { format!("{hint}:{slot}") };
+        let made: Vec<ValueId> = (0..results).map(|slot| self.value(&name(slot), Def::Undefined)).collect();
         node.outputs = made.iter().copied().map(Some).collect();
-        self.nodes.push(node);
+        self.node(node);
         made
     }
 
@@ -227,19 +243,25 @@ impl Patch {
         self.metadata.push((key.into(), value));
     }
 
+    /// Removes what no graph output depends on, also where that was so before.
+    pub fn sweep(&mut self) {
+        self.sweeps = true;
+    }
+
     /// The model with the edits made.
     ///
     /// Nodes that nothing depends on any more go, with the constants that only they read; so do constants that lost
-    /// their last reader. What was unused before stays, unless it reads something that goes.
+    /// their last reader. What was unused before stays, unless it reads something that goes (or [`Patch::sweep`] was
+    /// asked for).
     pub fn apply(self, model: &Model) -> Result<(Model, Diff), PatchError> {
         let now = model.graph.revision;
         if now != self.revision {
             return Err(PatchError::Stale { pass: self.pass, made_for: self.revision, now });
         }
-        let (pass, rewired, first_node) = (self.pass.clone(), self.rewires.len(), self.first_node);
+        let (pass, rewired, first_node, sweeps) = (self.pass.clone(), self.rewires.len(), self.first_node, self.sweeps);
         let mut edited = model.clone();
         self.edit_model(&mut edited)?;
-        let removed = remove_dead(&mut edited.graph, &model.graph);
+        let removed = remove_dead(&mut edited.graph, &model.graph, sweeps);
         let graph = &mut edited.graph;
         graph.sort().map_err(|nodes| PatchError::Cycle {
             pass,
@@ -446,7 +468,7 @@ fn has_value_named(graph: &Graph, name: &str) -> bool {
 }
 
 /// Nodes that some graph output depends on.
-fn live_nodes(graph: &Graph) -> HashSet<NodeId> {
+pub(crate) fn live_nodes(graph: &Graph) -> HashSet<NodeId> {
     let producer = |value: ValueId| graph.producer(value).map(|(node, _)| node);
     let mut live = HashSet::new();
     let mut open: Vec<NodeId> = graph.outputs.iter().copied().filter_map(producer).collect();
@@ -458,13 +480,14 @@ fn live_nodes(graph: &Graph) -> HashSet<NodeId> {
     live
 }
 
-/// Removes what the edits between `before` and `graph` left unused; gives the number of nodes. Brings users in step.
-fn remove_dead(graph: &mut Graph, before: &Graph) -> usize {
+/// Removes what the edits between `before` and `graph` left unused, and nodes that were unused before if it `sweeps`;
+/// gives the number of nodes. Brings users in step.
+fn remove_dead(graph: &mut Graph, before: &Graph, sweeps: bool) -> usize {
     let (live, live_before) = (live_nodes(graph), live_nodes(before));
     let is_new = |id: NodeId| id.slot() >= before.nodes.len();
     let mut dead: HashSet<NodeId> = HashSet::new();
     let mut open: Vec<NodeId> = graph.order.clone();
-    open.retain(|id| !live.contains(id) && (live_before.contains(id) || is_new(*id)));
+    open.retain(|id| !live.contains(id) && (sweeps || live_before.contains(id) || is_new(*id)));
     // A node that was unused before can stay only as long as all that it reads does.
     let mut readers: HashMap<NodeId, Vec<NodeId>> = HashMap::new();
     for (id, node) in graph.nodes().filter(|(id, _)| !live.contains(id)) {

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use vitrim_ir::{Attribute, DataType, DimSpec, GraphBuilder, Model, Tensor, TensorType, ValueId, print_graph};
+use vitrim_ir::{Attribute, DataType, DimSpec, GraphBuilder, Model, Patch, Tensor, TensorType, ValueId, print_graph};
 use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, Options};
 use vitrim_passes::recipe::Recipe;
@@ -141,6 +141,36 @@ fn a_table_behind_the_merge_is_averaged_as_the_tokens_are() {
     });
     let merged = merge(&with_table, "r = 4").unwrap();
     assert_eq!((count(&merged, "TokenMean"), count(&merged, "TokenRestore")), (1, 0));
+}
+
+#[test]
+fn what_reaches_no_output_is_no_obstacle() {
+    // Sums along the tokens depend on their order, but nothing reads them.
+    let with_dead_end = |read: bool| {
+        tiny(|graph, x| {
+            let axis = graph.initializer("sum_axis", Tensor::i64(1));
+            let sums = graph.op("CumSum", "sums", &[x, axis], &[]);
+            mean(graph, if read { sums } else { x })
+        })
+    };
+    let merged = merge(&with_dead_end(false), "r = 4").unwrap();
+    assert_eq!((count(&merged, "CumSum"), count(&merged, "TokenRestore")), (0, 0));
+    let merged = merge(&with_dead_end(true), "r = 4").unwrap();
+    assert_eq!((count(&merged, "CumSum"), count(&merged, "TokenRestore")), (1, 1));
+}
+
+#[test]
+fn attention_in_windows_is_refused() {
+    let windowed = |size: i64| {
+        let model = fixture("timm_vit_dynamo23_fused");
+        let mut patch = Patch::new(&model, "windows");
+        let fused = model.graph().nodes().find(|(_, node)| node.is("Attention")).unwrap();
+        patch.set_attribute(fused.0, "left_window_size", Attribute::Int(size));
+        patch.apply(&model).unwrap().0
+    };
+    assert!(merge(&windowed(-1), "r = 4").is_ok());
+    let reason = refusal(&windowed(2), "r = 4");
+    assert!(reason.contains("sees neighbouring tokens only"), "{reason}");
 }
 
 #[test]

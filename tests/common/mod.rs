@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use ndarray::ArrayD;
 use serde_json::Value as Json;
+use tempfile::TempDir;
 use vitrim::feeds::{self, FeedArgs};
 use vitrim::runtime::{self, Backend, Feeds, Outputs, RuntimeArgs, RuntimeKind, Session};
 use vitrim::tensor::compare::Comparison;
@@ -77,6 +78,28 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         // What cannot be removed lies in the target folder, where it does no harm.
         let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A folder in which a test runs the program, removed afterwards.
+pub struct Folder(TempDir);
+
+impl Folder {
+    pub fn new() -> Self {
+        Folder(tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    pub fn at(&self, name: &str) -> PathBuf {
+        self.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+        std::fs::write(self.at(name), bytes).expect("the folder can be written");
+        self.at(name)
     }
 }
 

@@ -8,6 +8,7 @@ pub const MODEL_OPSET: u64 = 8;
 pub const GRAPH_NODE: u64 = 1;
 pub const GRAPH_INITIALIZER: u64 = 5;
 pub const GRAPH_INPUT: u64 = 11;
+pub const GRAPH_OUTPUT: u64 = 12;
 pub const TENSOR_RAW: u64 = 9;
 pub const NODE_ATTRIBUTE: u64 = 5;
 pub const ATTRIBUTE_GRAPH: u64 = 6;

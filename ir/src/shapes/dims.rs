@@ -99,6 +99,7 @@ fn standard(call: &mut Call<'_>, name: &str) -> Known<Results> {
         | "Softplus"
         | "Softsign"
         | "Sqrt"
+        | "SwiGLU"
         | "Swish"
         | "Tan"
         | "Tanh"

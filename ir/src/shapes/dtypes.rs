@@ -27,7 +27,7 @@ pub(super) fn infer(call: &Call<'_>, slot: usize) -> Option<DataType> {
                 _,
             )
             | ("Dropout", 1) => Some(DataType::Bool),
-            ("Cast", _) => attribute(call, "to"),
+            ("Cast" | "BitCast", _) => attribute(call, "to"),
             ("CastLike" | "Where", _) => call.dtype(1).or_else(|| (name == "Where").then(|| call.dtype(2))?),
             ("Max" | "Min" | "Sum" | "Add" | "Sub" | "Mul" | "Div" | "Concat" | "MatMul" | "Gemm" | "Einsum", _) => {
                 (0..call.inputs.len()).find_map(|slot| call.dtype(slot))

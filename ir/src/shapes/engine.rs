@@ -1,11 +1,10 @@
 //! Walks graphs and applies the rules.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
 
-use super::call::{Call, Why, axis_of};
+use super::call::{Call, Why};
 use super::number::Number;
-use super::{Fact, MAX_ITEMS, contents, dims, dtypes};
+use super::{Fact, MAX_ITEMS, contents, dims, dtypes, sequences};
 use crate::dim::Equations;
 use crate::{
     Attribute, DataType, Def, DimSpec, Expr, Function, Graph, Model, Node, OpType, Tensor, TensorType, ValueId,
@@ -17,8 +16,6 @@ const MAX_ROUNDS: usize = 4;
 const MAX_DEPTH: usize = 16;
 /// Nodes looked at in one round, those of functions once per call.
 const MAX_NODES: usize = 1 << 18;
-/// Sequences longer than this are not followed.
-const MAX_SEQUENCE: usize = 64;
 
 /// What holds for a whole round.
 struct Round<'m> {
@@ -219,7 +216,7 @@ impl Round<'_> {
             vec![constant_node(node)]
         } else if node.is("If") {
             self.branches(graph, node, &inputs, facts, place)
-        } else if let Some(results) = sequence(node, &inputs) {
+        } else if let Some(results) = sequences::infer(node, &inputs) {
             results
         } else {
             self.operator(graph, node, inputs, place)
@@ -408,83 +405,4 @@ fn constant_node(node: &Node) -> Fact {
         }
         _ => unknown(),
     }
-}
-
-/// Operators on sequences of tensors; `None` for all others.
-fn sequence(node: &Node, inputs: &[Option<&Fact>]) -> Option<Vec<Fact>> {
-    let operand = |slot: usize| inputs.get(slot).copied().flatten();
-    let reason = |what: &str| Some(Why::from(format!("{}: {what}", node.op)));
-    let made = |parts: Option<Vec<Fact>>| match parts {
-        Some(parts) => Fact { sequence: Some(Arc::new(parts)), reason: reason("it is a sequence"), ..Fact::default() },
-        None => Fact { reason: reason("the sequence is not known"), ..Fact::default() },
-    };
-    let fact = match node.standard_op()? {
-        "SequenceConstruct" => made(inputs.iter().map(|fact| fact.cloned()).collect()),
-        "SplitToSequence" => made(split_to_sequence(node, operand(0)?, operand(1), inputs.len() > 1)),
-        "SequenceAt" => {
-            let pick = || {
-                let parts = operand(0)?.sequence.as_ref()?;
-                let [Some(at)] = operand(1)?.items.as_deref()? else { return None };
-                let at = axis_of(at.whole()?.as_known()?, parts.len()).ok()?;
-                parts.get(at).cloned()
-            };
-            pick().unwrap_or_else(|| Fact { reason: reason("which part it is shows at run time"), ..Fact::default() })
-        }
-        "ConcatFromSequence" => {
-            let joined = || {
-                let parts = operand(0)?.sequence.as_ref()?;
-                let mut dims = parts.first()?.dims.clone()?;
-                let new_axis = node.int("new_axis").unwrap_or(0) != 0;
-                let axis = axis_of(node.int("axis")?, dims.len() + usize::from(new_axis)).ok()?;
-                if new_axis {
-                    dims.insert(axis, Expr::known(i64::try_from(parts.len()).ok()?));
-                } else {
-                    let mut lengths = parts.iter().map(|part| part.dims.as_ref()?.get(axis));
-                    dims[axis] = lengths.try_fold(Expr::known(0), |sum, length| sum.plus(length?))?;
-                }
-                Some(Fact { dims: Some(dims), dtype: parts.first()?.dtype, ..Fact::default() })
-            };
-            joined().unwrap_or_else(|| Fact { reason: reason("the sequence is not known"), ..Fact::default() })
-        }
-        _ => return None,
-    };
-    Some(vec![fact])
-}
-
-fn split_to_sequence(node: &Node, tensor: &Fact, lengths: Option<&Fact>, sized: bool) -> Option<Vec<Fact>> {
-    let dims = tensor.dims.clone()?;
-    let axis = axis_of(node.int("axis").unwrap_or(0), dims.len()).ok()?;
-    let extent = dims[axis].as_known()?;
-    let sizes: Vec<i64> = if sized {
-        let sizes = lengths?;
-        let known = |item: &Option<Number>| item.as_ref()?.whole()?.as_known();
-        let list = sizes.items.as_ref()?.iter().map(known).collect::<Option<Vec<i64>>>()?;
-        match (sizes.dims.as_deref()?, list.as_slice()) {
-            ([], &[size]) if size > 0 && extent / size < MAX_SEQUENCE as i64 => {
-                let whole = std::iter::repeat_n(size, (extent / size) as usize);
-                whole.chain((extent % size > 0).then_some(extent % size)).collect()
-            }
-            ([], _) => return None,
-            _ if list.iter().any(|&size| size < 0) => return None,
-            _ => list,
-        }
-    } else {
-        vec![1; usize::try_from(extent).ok().filter(|&extent| extent <= MAX_SEQUENCE)?]
-    };
-    // The specification ignores `keepdims` where sizes are given; runtimes do so only where they are a list.
-    let listed = lengths.is_some_and(|fact| fact.dims.as_ref().is_some_and(|dims| !dims.is_empty()));
-    let squeezed = !listed && node.int("keepdims").unwrap_or(1) == 0;
-    if squeezed && sizes.iter().any(|&size| size != 1) {
-        return None;
-    }
-    let part = |size: i64| {
-        let mut dims = dims.clone();
-        if squeezed {
-            dims.remove(axis);
-        } else {
-            dims[axis] = Expr::known(size);
-        }
-        Fact { dims: Some(dims), dtype: tensor.dtype, data: tensor.data, ..Fact::default() }
-    };
-    Some(sizes.into_iter().map(part).collect())
 }

@@ -11,6 +11,7 @@ mod dtypes;
 mod engine;
 mod linear;
 mod number;
+mod sequences;
 #[cfg(test)]
 mod tests;
 
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use crate::{DataType, Expr, Model, ValueId};
 use number::Number;
+pub(crate) use sequences::{Cuts, MAX_SEQUENCE, Sizes};
 
 /// Elements are tracked of tensors that have at most this many.
 const MAX_ITEMS: usize = 64;

@@ -281,7 +281,9 @@ impl Recogniser<'_> {
         loop {
             let mut readers: Vec<NodeId> = Vec::new();
             for result in graph.node(node).results() {
-                readers.extend(graph.value(result).uses().iter().map(|used| used.node));
+                let reads_content =
+                    |node: &NodeId| graph.node(*node).results().any(|value| self.content.contains(value));
+                readers.extend(graph.value(result).uses().iter().map(|used| used.node).filter(reads_content));
                 if graph.output_slots(result).next().is_some() {
                     return joined;
                 }

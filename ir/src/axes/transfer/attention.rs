@@ -5,7 +5,7 @@ use crate::axes::{Axis, Effect, Layout};
 use crate::graph::Node;
 
 impl Context<'_> {
-    /// The standard operator of version 23: Q, K and V as `[B, H, N, d]` or `[B, N, H·d]`.
+    /// The standard operator, in version 23 and later: Q, K and V as `[B, H, N, d]` or `[B, N, H·d]`.
     pub(super) fn attention(&self, node: &Node) -> Transfer {
         let axes = |slot: usize| self.axes(node.input(slot).ok_or("no operand")?);
         let (q, k, v) = (axes(0)?, axes(1)?, axes(2)?);
@@ -15,6 +15,10 @@ impl Context<'_> {
             || node.input(6).is_some()
         {
             return Err("its attention is causal or has a cache".into());
+        }
+        // From version 25 on: which keys a query sees depends on how far they are.
+        if ["left_window_size", "right_window_size"].iter().any(|name| node.int(name).unwrap_or(-1) >= 0) {
+            return Err("its attention sees neighbouring tokens only".into());
         }
         let token_axis = if k.len() == 4 { 2 } else { 1 };
         if k[token_axis].only_tokens().is_none() || !v[token_axis].same_as(&k[token_axis]) {

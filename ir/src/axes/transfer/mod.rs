@@ -59,7 +59,9 @@ impl Context<'_> {
             | "Sigmoid" | "Tanh" | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal" | "Neg" | "Abs"
             | "Sign" | "Floor" | "Ceil" | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin" | "Cos" | "CastLike"
             | "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod" | "And" | "Or" | "Xor"
-            | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" => self.elementwise(node),
+            | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" | "SwiGLU" | "BitCast" => {
+                self.elementwise(node)
+            }
             "QuantizeLinear" | "DequantizeLinear" => self.quantize(node),
             "DynamicQuantizeLinear" => Ok(Flow::of(self.operand(node, 0)?.clone())),
             "MatMul" | "MatMulInteger" => self.matmul(node, 0, 1, false, false),
