@@ -91,7 +91,7 @@ impl Probe<'_> {
                 continue;
             }
             let meets_others = node.operands().any(|value| vit.axes.carries(value) && !self.permuted.contains(&value));
-            if !pinned.contains(&id) && !meets_others {
+            if !pinned.contains(&id) && !meets_others && !vit.reads_moving_tokens(graph, id) {
                 self.permuted.extend(node.results().filter(|&value| vit.axes.carries(value)));
                 self.permute_tables(id)?;
                 continue;

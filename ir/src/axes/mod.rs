@@ -48,6 +48,16 @@ pub enum Effect {
     Parts,
     /// A softmax over tokens: attention.
     Attend,
+    /// A product that sums over tokens, with operand `slot` holding one of its factors for each along `axis`. Weights that
+    /// sum to one are no such factors.
+    Contract {
+        /// The operand.
+        slot: usize,
+        /// Its axis.
+        axis: usize,
+        /// Which tokens.
+        span: Span,
+    },
     /// The mean or the sum over tokens.
     Pool {
         /// Which tokens.

@@ -6,10 +6,11 @@
 //! 2. operators that state the token count get the right one (`recount`), and what is computed from it keeps the old
 //!    one (`counts`);
 //! 3. tables with an entry for each token follow the tokens (`tables`);
-//! 4. attention over merged tokens becomes proportional, means become size-weighted (`weigh`);
+//! 4. attention over merged tokens becomes proportional, means and sums become size-weighted (`weigh`, `contract`);
 //! 5. what leaves the model with an entry for each token is restored (`restore`).
 
 mod arrange;
+mod contract;
 mod counts;
 mod metric;
 mod recount;

@@ -58,18 +58,17 @@ impl Rewriter<'_> {
                 let restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
                 self.as_before(restored, &arrangement, 0, &hint).ok_or_else(unknown)
             }
-            // Attention maps: a token's row is its slot's; a column's weight is shared among the slot's tokens.
+            // Attention maps: a token's row is its slot's; the weight of a key is shared among the slot's tokens.
             [rows, columns] if [rows, columns].iter().all(|&at| layout.0[at].only_tokens() == Some(Span::ALL)) => {
                 let frame = self.frame(&layout).filter(|frame| frame.batch_axis().is_some());
                 let frame = frame.ok_or_else(|| refuse("it has to be restored, but its batch axis cannot be told"))?;
                 let owner = self.owner_of(node, stage, Span::ALL, &hint)?;
-                let size = self.stages.size(stage).ok_or_else(|| refuse("it has no sizes"))?;
-                let size = self.with_axes("Squeeze", size, &[2], &format!("{hint}/size_row"));
-                let share = self.spread(size, &[columns], &frame, &format!("{hint}/size"));
-                let dtype = self.dtype(value);
-                let share = self.cast(share, DataType::F32, dtype, &format!("{hint}/size_as_map"));
-                let shared = self.patch.op("Div", &format!("{hint}/shared"), &[source, share], &[]);
-                let by_rows = self.restore_rows(shared, owner, &frame, rows, &format!("{hint}/rows"));
+                let mut source = source;
+                if let Some(keys) = [rows, columns].into_iter().find(|&at| layout.0[at].is_weights()) {
+                    let size = self.size_along(node, value, keys, Span::ALL, stage, &hint)?;
+                    source = self.patch.op("Div", &format!("{hint}/shared"), &[source, size], &[]);
+                }
+                let by_rows = self.restore_rows(source, owner, &frame, rows, &format!("{hint}/rows"));
                 Ok(self.restore_rows(by_rows, owner, &frame, columns, &format!("{hint}/columns")))
             }
             _ => Err(refuse("it has to be restored, but has tokens on several axes")),

@@ -6,21 +6,6 @@ use super::Rewriter;
 use crate::Refusal;
 
 impl Rewriter<'_> {
-    /// Whether a node takes tokens by position, or leaves them out, that merging may move.
-    pub(super) fn reads_moving_tokens(&self, node: NodeId) -> bool {
-        let (protect, suffix) = (self.protect as i64, self.suffix as i64);
-        let picks = self.vit.axes.effects_of(node).any(|effect| match *effect {
-            Effect::Pick { first, count } if first >= 0 => first + count as i64 > protect,
-            Effect::Pick { first, .. } => -first > suffix,
-            _ => false,
-        });
-        let beyond = |value: ValueId| {
-            let layout = self.vit.axes.layout(value).into_iter().flat_map(|layout| &layout.0);
-            layout.filter_map(|axis| axis.span()).any(|span| span.front > protect || span.back > suffix)
-        };
-        picks || self.graph.node(node).results().any(beyond)
-    }
-
     /// What reads merged tokens by position may read only those that keep their place: the protected ones.
     pub(super) fn check_positions(&self) -> Result<(), Refusal> {
         let (protect, suffix) = (self.protect as i64, self.suffix as i64);

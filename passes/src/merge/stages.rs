@@ -111,7 +111,7 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
             continue;
         }
         // A reader of tokens that may move gets them in their places, unless the user has said which ones may not.
-        let moving = rewriter.options.protect.is_none() && rewriter.reads_moving_tokens(id);
+        let moving = rewriter.options.protect.is_none() && vit.reads_moving_tokens(graph, id);
         if pinned.contains(&id) || read.len() > 1 || meets_restored || moving {
             if softmaxes.contains(&id) {
                 return Err(

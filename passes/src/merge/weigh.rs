@@ -27,8 +27,15 @@ impl Rewriter<'_> {
                 Effect::Pool { span, axis, mean } if !(mean && self.options.plain_pooling) => {
                     self.pool(id, stage, span, axis, mean)?;
                 }
+                Effect::Contract { slot, axis, span } if self.options.proportional => {
+                    self.count_factors(id, slot, axis, span, stage)?;
+                }
                 _ => {}
             }
+        }
+        if self.options.proportional {
+            let graph = self.graph;
+            graph.nodes().try_for_each(|(id, _)| self.weights_per_token(id))?;
         }
         Ok(())
     }

@@ -141,6 +141,21 @@ impl VitModel {
         Expr::product(dims)?.div_exact(&self.axes.batch().times(self.axes.tokens())?)?.as_known()
     }
 
+    /// Whether a node takes tokens by position, or leaves some out, beyond the special ones: patches may move.
+    pub fn reads_moving_tokens(&self, graph: &Graph, node: NodeId) -> bool {
+        let (prefix, suffix) = (self.special.prefix() as i64, self.special.suffix as i64);
+        let picks = self.axes.effects_of(node).any(|effect| match *effect {
+            Effect::Pick { first, count } if first >= 0 => first + count as i64 > prefix,
+            Effect::Pick { first, .. } => -first > suffix,
+            _ => false,
+        });
+        let beyond = |value: ValueId| {
+            let layout = self.axes.layout(value).into_iter().flat_map(|layout| &layout.0);
+            layout.filter_map(|axis| axis.span()).any(|span| span.front > prefix || span.back > suffix)
+        };
+        picks || graph.node(node).results().any(beyond)
+    }
+
     /// How the heads read the tokens, in one word where there is one: `cls`, `avg`, `map`, `tokens`, `cls+avg`, …
     pub fn pooling(&self) -> String {
         let mut words: Vec<&str> = Vec::new();

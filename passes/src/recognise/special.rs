@@ -15,11 +15,12 @@ impl Joined {
     /// Names them by what the heads read: the first is the class token, a second one that is read by itself the
     /// distillation token, others are registers.
     pub fn named(self, heads: &[Head]) -> SpecialTokens {
-        let picked = |position: i64| {
-            heads.iter().any(|head| matches!(head, Head::Pick { first, count } if *first <= position && position < *first + *count as i64))
+        let alone = |head: &Head| match *head {
+            Head::Pick { first, count } => (first, count) == (1, 1) || (first, count, self.front) == (0, 2, 2),
+            _ => false,
         };
         let cls = self.front.min(1);
-        let dist = usize::from(self.front >= 2 && picked(1));
+        let dist = usize::from(self.front >= 2 && heads.iter().any(alone));
         SpecialTokens { cls, dist, reg: self.front - cls - dist, suffix: self.back }
     }
 }
@@ -96,7 +97,7 @@ pub(super) fn find(graph: &Graph, shapes: &Shapes, axes: &Axes) -> Joined {
                 };
                 first
             }
-            "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" => {
+            "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze" | "Gather" => {
                 // Past it if the tokens have an axis of their own there.
                 let dims = first.and_then(|operand| shapes.dims(operand)).unwrap_or_default();
                 let mut alike = (0..dims.len()).filter(|&at| dims[at] == tokens);

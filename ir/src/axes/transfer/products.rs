@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::{Context, Flow, Transfer};
 use crate::ValueId;
-use crate::axes::{Axis, Layout};
+use crate::axes::{Axis, Effect, Layout, Span};
 use crate::graph::Node;
 
 impl Context<'_> {
@@ -16,8 +16,10 @@ impl Context<'_> {
         trans_left: bool,
         trans_right: bool,
     ) -> Transfer {
+        let right_slot = right;
         let (left, right) = (node.input(left).ok_or("no operand")?, node.input(right).ok_or("no operand")?);
         let (mut a, mut b) = (self.axes(left)?, self.axes(right)?);
+        let summed = b.len().wrapping_sub(if trans_right { 1 } else { 2 });
         if a.len() < 2 || b.len() < 2 {
             return Err("it multiplies by a vector".into());
         }
@@ -34,7 +36,7 @@ impl Context<'_> {
         let (inner_a, rows) = (a.pop().unwrap_or_default(), a.pop().unwrap_or_default());
         let (columns, inner_b) = (b.pop().unwrap_or_default(), b.pop().unwrap_or_default());
         let carried = (self.layout(Some(left)).is_some(), self.layout(Some(right)).is_some());
-        self.contract(&inner_a, &inner_b, carried)?;
+        let span = self.contract(&inner_a, &inner_b, carried)?;
         let mut axes = batch_axes(&a, &b)?;
         axes.push(rows.with_weights(false));
         axes.push(columns.with_weights(false));
@@ -46,7 +48,11 @@ impl Context<'_> {
                 }
             }
         }
-        Ok(Flow::of(Layout(axes)))
+        let flow = Flow::of(Layout(axes));
+        Ok(match span {
+            Some(span) => flow.with(Effect::Contract { slot: right_slot, axis: summed, span }),
+            None => flow,
+        })
     }
 
     pub(super) fn axes(&self, value: ValueId) -> Result<Vec<Axis>, String> {
@@ -56,14 +62,15 @@ impl Context<'_> {
         }
     }
 
-    pub(super) fn contract(&self, a: &Axis, b: &Axis, carried: (bool, bool)) -> Result<(), String> {
+    /// Whether one may sum over two axes; the tokens that are summed over where none of the two is made of weights.
+    pub(super) fn contract(&self, a: &Axis, b: &Axis, carried: (bool, bool)) -> Result<Option<Span>, String> {
         match (a.has_tokens(), b.has_tokens()) {
-            (false, false) => Ok(()),
+            (false, false) => Ok(None),
             (true, true) if !a.same_as(b) => {
                 Err("it sums over tokens that are laid out differently on both sides".into())
             }
-            (true, true) if a.is_weights() || b.is_weights() => Ok(()),
-            (true, true) => Err("it sums over tokens that are not weighted by a softmax".into()),
+            (true, true) if a.is_weights() || b.is_weights() => Ok(None),
+            (true, true) => a.only_tokens().map(Some).ok_or("it sums over tokens together with something else".into()),
             _ if carried.0 && carried.1 => {
                 Err("it sums over tokens on one side and something else on the other".into())
             }
@@ -115,6 +122,7 @@ impl Context<'_> {
             }
         }
         let mut merged: HashMap<char, Axis> = HashMap::new();
+        let mut effects = Vec::new();
         for (label, axes) in labels {
             let tokens = axes.iter().filter(|axis| axis.has_tokens()).count();
             let weights = axes.iter().any(Axis::is_weights);
@@ -126,7 +134,13 @@ impl Context<'_> {
                     return Err("it combines tokens that are laid out differently".into());
                 }
                 if !result.contains(label) && !weights {
-                    return Err("it sums over tokens that are not weighted by a softmax".into());
+                    let span = axes[0].only_tokens().ok_or("it sums over tokens together with something else")?;
+                    let slot = terms.iter().rposition(|term| term.contains(label)).unwrap_or(0);
+                    let axis = terms[slot].chars().position(|other| other == label).unwrap_or(0);
+                    if terms[slot].contains("...") {
+                        return Err("it sums over tokens beside an ellipsis".into());
+                    }
+                    effects.push(Effect::Contract { slot, axis, span });
                 }
             }
             let kept = axes.into_iter().max_by_key(|axis| axis.atoms().len()).unwrap_or_default();
@@ -144,7 +158,7 @@ impl Context<'_> {
             axes.push(merged.get(&label).cloned().ok_or("its equation names an unknown axis")?);
             rest = &rest[label.len_utf8()..];
         }
-        Ok(Flow::of(Layout(axes)))
+        Ok(Flow { layouts: vec![Some(Layout(axes))], effects })
     }
 }
 
