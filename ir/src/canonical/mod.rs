@@ -1,6 +1,6 @@
 //! Canonical forms: what exporters write in ways of their own becomes the equal form in standard operators that the
-//! analyses have rules for. Every rewrite is exact, for it only says otherwise what the graph computes; what cannot be
-//! said otherwise stays. One file per rewrite; [`RULES`] lists them.
+//! analyses have rules for. Every rewrite is exact (a softmax up to rounding), for it only says otherwise what the graph
+//! computes; what cannot be said otherwise stays. One file per rewrite; [`RULES`] lists them.
 //!
 //! Nodes that reach no graph output go first: nothing that they do should keep a model from being rewritten.
 
@@ -9,6 +9,7 @@ mod casts;
 mod identities;
 mod optionals;
 mod sequences;
+mod softmax;
 #[cfg(test)]
 mod tests;
 
@@ -25,6 +26,7 @@ const RULES: &[(&str, Rule)] = &[
     ("CastLike", casts::cast_like),
     ("ConcatFromSequence", sequences::concat),
     ("Dropout", identities::dropout),
+    ("Exp", softmax::exponential),
     ("Identity", identities::identity),
     ("If", branches::choose),
     ("OptionalGetElement", optionals::element),
