@@ -212,7 +212,7 @@ fn canonical_forms_compute_the_same() {
         for backend in [ort(), tract()] {
             match try_run(backend.as_ref(), &path, &feeds) {
                 Ok(outputs) if outputs.get("y") == reference.get("y") => {}
-                Ok(outputs) if left == ["Softmax"] && close(&outputs, &reference) => {}
+                Ok(outputs) if left.iter().any(|op| op == "Softmax") && close(&outputs, &reference) => {}
                 Ok(_) => failures.push(format!("{name} differs in {}", backend.name())),
                 // What is undecided has branches, which tract runs in part only.
                 Err(_) if backend.name() == "tract" && left.iter().any(|op| op == "If") => {}

@@ -466,10 +466,10 @@ fn merges_compose_to_the_source_of_every_token() {
     conclude("source", count, &failures);
 }
 
-/// Attention in the two forms that the merge pass writes: the logarithm of the sizes added to the scores, and, for
-/// fused attention, values that are scaled by size with the sizes as one more channel.
+/// Attention in the forms that the merge pass writes: the logarithm of the sizes added to the scores; values that are
+/// scaled by size, with the sizes as one more channel; and keys with that logarithm as one more channel.
 #[test]
-fn both_forms_of_proportional_attention_are_the_oracles() {
+fn all_forms_of_proportional_attention_are_the_oracles() {
     let index = vector_index();
     let units = index["units"].as_array().expect("the index has units");
     let scratch = Scratch::new("attention");
@@ -485,7 +485,9 @@ fn both_forms_of_proportional_attention_are_the_oracles() {
             let path = scratch.save("attention", &attention(opset, scale, arrays.get("in_v").expect("values").shape()));
             for backend in runtimes() {
                 let outputs = run(backend.as_ref(), &path, &feeds);
-                for (name, expected) in [("probs", "out_probs"), ("biased", "out_out"), ("scaled", "out_out")] {
+                for (name, expected) in
+                    [("probs", "out_probs"), ("biased", "out_out"), ("scaled", "out_out"), ("keyed", "out_out")]
+                {
                     let apart =
                         distance(arrays.get(expected).expect("expected"), outputs.get(name).expect("an output"));
                     count += 1;
@@ -514,9 +516,10 @@ fn attention(opset: i64, scale: f32, values: &[usize]) -> Model {
     let last = [("axis", Attribute::Int(-1))];
 
     let keys = graph.op("Transpose", "keys", &[k], &perm(&[0, 1, 3, 2]));
-    let scores = graph.op("MatMul", "scores", &[q, keys], &[]);
+    let products = graph.op("MatMul", "scores", &[q, keys], &[]);
+    let factor = scale;
     let scale = graph.tensor("scale", vitrim_ir::Tensor::f32(scale));
-    let scores = graph.op("Mul", "scaled_scores", &[scores, scale], &[]);
+    let scores = graph.op("Mul", "scaled_scores", &[products, scale], &[]);
     let log = graph.op("Log", "log_size", &[size], &[]);
     let row = ints(graph, &[0, 1, 1, tokens]);
     let row = graph.op("Reshape", "log_row", &[log, row], &[]);
@@ -539,7 +542,23 @@ fn attention(opset: i64, scale: f32, values: &[usize]) -> Model {
     let mixed = graph.op("Slice", "mixed_values", &[mixed, zero, split, axis], &[]);
     let scaled = graph.op("Div", "proportional", &[mixed, total], &[]);
 
-    for (name, value) in [("probs", probs), ("biased", out), ("scaled", scaled)] {
+    let pads = ints(graph, &[0, 0, 0, 0, 0, 0, 0, 1]);
+    let one = graph.tensor("one", vitrim_ir::Tensor::f32(1.0));
+    let queries = graph.op("Pad", "queries_and_one", &[q, pads, one], &[]);
+    let inverse = graph.tensor("inverse_scale", vitrim_ir::Tensor::f32(factor.recip()));
+    let share = graph.op("Mul", "size_as_keys", &[log, inverse], &[]);
+    let column = ints(graph, &[0, 1, tokens, 1]);
+    let share = graph.op("Reshape", "size_of_heads", &[share, column], &[]);
+    let every = ints(graph, &[1, values[1] as i64, 1, 1]);
+    let channel = graph.op("Expand", "size_of_every_head", &[share, every], &[]);
+    let wider = graph.op("Concat", "keys_and_size", &[k, channel], &last);
+    let wider = graph.op("Transpose", "keys_and_size_turned", &[wider], &perm(&[0, 1, 3, 2]));
+    let scores = graph.op("MatMul", "scores_with_size", &[queries, wider], &[]);
+    let scores = graph.op("Mul", "scaled_scores_with_size", &[scores, scale], &[]);
+    let weights = graph.op("Softmax", "keyed_softmax", &[scores], &last);
+    let keyed = graph.op("MatMul", "mixed_keyed", &[weights, v], &[]);
+
+    for (name, value) in [("probs", probs), ("biased", out), ("scaled", scaled), ("keyed", keyed)] {
         calls.output(name, value, DataType::F32, 4);
     }
     calls.model()

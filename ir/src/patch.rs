@@ -40,6 +40,8 @@ pub struct Patch {
 enum Rewire {
     /// By an operand of a node.
     Operand(NodeId, usize, ValueId),
+    /// By an optional operand of a node, which may have been left out.
+    Given(NodeId, usize, ValueId),
     /// By an operand of a node, which is left out from now on.
     Cleared(NodeId, usize),
     /// By the graphs nested in a node, of the first value; they get the second.
@@ -187,6 +189,11 @@ impl Patch {
         self.rewires.push(Rewire::Operand(node, slot, value));
     }
 
+    /// Gives an existing node its optional operand `slot`, whether that was left out or not.
+    pub fn give_input(&mut self, node: NodeId, slot: usize, value: ValueId) {
+        self.rewires.push(Rewire::Given(node, slot, value));
+    }
+
     /// Leaves out the optional operand `slot` of an existing node.
     pub fn clear_input(&mut self, node: NodeId, slot: usize) {
         self.rewires.push(Rewire::Cleared(node, slot));
@@ -323,6 +330,7 @@ impl Patch {
         for rewire in std::mem::take(&mut self.rewires) {
             match rewire {
                 Rewire::Operand(node, slot, value) => self.rewire_operand(graph, node, slot, value)?,
+                Rewire::Given(node, slot, value) => self.give_operand(graph, node, slot, value)?,
                 Rewire::Cleared(node, slot) => self.clear_operand(graph, node, slot)?,
                 Rewire::Captured(node, old, new) => self.rewire_nested(graph, node, old, new)?,
             }
@@ -397,6 +405,18 @@ impl Patch {
         let new = self.existing(graph, value)?.ty();
         self.check_type(graph.value(old).ty(), new, || format!("operand {slot} of {}", graph.describe(id)))?;
         graph.node_mut(id).inputs[slot] = Some(value);
+        Ok(())
+    }
+
+    fn give_operand(&self, graph: &mut Graph, id: NodeId, slot: usize, value: ValueId) -> Result<(), PatchError> {
+        let node = graph.get_node(id).ok_or_else(|| self.missing(format!("node {id}")))?;
+        if node.input(slot).is_some() {
+            return self.rewire_operand(graph, id, slot, value);
+        }
+        self.existing(graph, value)?;
+        let inputs = &mut graph.node_mut(id).inputs;
+        inputs.resize(inputs.len().max(slot + 1), None);
+        inputs[slot] = Some(value);
         Ok(())
     }
 
@@ -877,10 +897,12 @@ mod tests {
         let x = value(&model, "x");
         let neg = producer(&model, "a");
         type Edit<'e> = &'e dyn Fn(&mut Patch);
-        let edits: [(Edit, &str); 9] = [
+        let edits: [(Edit, &str); 11] = [
             (&|patch| patch.rewire(nobody, 0, x), "operand 0 of n100"),
             (&|patch| patch.rewire(neg, 7, x), "operand 7 of n1"),
             (&|patch| patch.rewire(neg, 0, nothing), "value v100"),
+            (&|patch| patch.give_input(nobody, 0, x), "node n100"),
+            (&|patch| patch.give_input(neg, 7, nothing), "value v100"),
             (&|patch| patch.rewire_captured(neg, x, x), "a reading of v1 by graphs nested in n1"),
             (&|patch| patch.set_attribute(nobody, "axis", Attribute::Int(0)), "node n100"),
             (&|patch| patch.replace_output(0, nothing), "value v100"),
@@ -962,6 +984,19 @@ mod tests {
         assert_eq!(other, "pass 'test': a different function f.f exists in the model");
         let version = refused(again(&|patch| patch.import("f", 2)), &edited);
         assert_eq!(version, "pass 'test': the operator set 'f' is imported in version 1, not 2");
+    }
+
+    #[test]
+    fn an_operand_that_was_left_out_is_given() {
+        let model = chain();
+        let node = producer(&model, "y");
+        let given = model.graph().node(node).inputs.clone();
+        let mut patch = Patch::new(&model, "test");
+        patch.give_input(node, 3, value(&model, "x"));
+        let (edited, _) = apply(patch, &model);
+        let inputs = &edited.graph().node(producer(&edited, "y")).inputs;
+        assert_eq!((inputs.len(), inputs[given.len()]), (4, None));
+        assert_eq!(inputs[3], Some(value(&edited, "x")));
     }
 
     #[test]

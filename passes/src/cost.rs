@@ -1,7 +1,7 @@
 //! The work of a model, as far as token counts change it: multiplications of matrices and convolutions.
 
 use serde::Serialize;
-use vitrim_ir::{Expr, Model, Node, ValueId};
+use vitrim_ir::{Expr, FusedAttention, Model, Node, Operands, ValueId};
 
 use crate::recognise::VitModel;
 use crate::schedule::Step;
@@ -26,7 +26,11 @@ pub fn cost(model: &Model, vit: &VitModel, steps: &[Step]) -> Option<Cost> {
     let mut flops = 0u64;
     for (id, node) in graph.nodes() {
         let count = node.operands().filter_map(|value| count_of.get(&value).copied()).min().unwrap_or(tokens);
-        flops = flops.checked_add(node_flops(vit, node, count)?)?;
+        let own = match FusedAttention::of(graph, node) {
+            Some(fused) => attention_flops(vit, node, &fused, count),
+            None => node_flops(vit, node, count),
+        };
+        flops = flops.checked_add(own?)?;
         let after = match cuts.iter().position(|&cut| cut == id) {
             Some(block) => steps.get(block).map_or(count, |step| step.after() as i64),
             None => count,
@@ -50,9 +54,28 @@ fn extents(vit: &VitModel, value: ValueId, tokens: i64) -> Option<Vec<i64>> {
     }
 }
 
+fn product(extents: &[i64]) -> Option<u64> {
+    extents.iter().try_fold(1u64, |all, &extent| all.checked_mul(u64::try_from(extent).ok()?))
+}
+
+/// Scores and mixing, and the projection where the operator does it itself.
+fn attention_flops(vit: &VitModel, node: &Node, fused: &FusedAttention, tokens: i64) -> Option<u64> {
+    let rows = |slot: usize| {
+        let extents = extents(vit, node.input(fused.slots()[slot])?, tokens)?;
+        Some((extents[extents.len().checked_sub(2)?], extents))
+    };
+    let ((_, mut queries), (keys, _)) = (rows(0)?, rows(1)?);
+    let mut projection = 0;
+    if fused.operands != Operands::Apart {
+        let columns = extents(vit, node.input(1)?, tokens)?.pop()?;
+        projection = product(&queries)?.checked_mul(u64::try_from(columns).ok()?)?.checked_mul(2)?;
+        *queries.last_mut()? =
+            node.ints("qkv_hidden_sizes").and_then(|sizes| sizes.first().copied()).unwrap_or(columns / 3);
+    }
+    product(&queries)?.checked_mul(u64::try_from(keys).ok()?)?.checked_mul(4)?.checked_add(projection)
+}
+
 fn node_flops(vit: &VitModel, node: &Node, tokens: i64) -> Option<u64> {
-    let product =
-        |extents: &[i64]| extents.iter().try_fold(1u64, |all, &extent| all.checked_mul(u64::try_from(extent).ok()?));
     let name = node.op.name.as_str();
     let inner = match name {
         "MatMul" | "FusedMatMul" | "Gemm" | "MatMulInteger" | "QLinearMatMul" => {
@@ -64,12 +87,6 @@ fn node_flops(vit: &VitModel, node: &Node, tokens: i64) -> Option<u64> {
         "Conv" => {
             let kernel = extents(vit, node.input(1)?, tokens)?;
             kernel.get(1..)?.iter().product()
-        }
-        "Attention" => {
-            // Scores and mixing.
-            let (q, k) = (extents(vit, node.input(0)?, tokens)?, extents(vit, node.input(1)?, tokens)?);
-            let keys = k.get(k.len().checked_sub(2)?)?;
-            return product(&q)?.checked_mul(u64::try_from(*keys).ok()?)?.checked_mul(4);
         }
         "Einsum" => {
             let (a, b) = (extents(vit, node.input(0)?, tokens)?, extents(vit, node.input(1)?, tokens)?);

@@ -3,7 +3,9 @@
 use std::fs;
 use std::path::Path;
 
-use vitrim_ir::{Attribute, DataType, DimSpec, GraphBuilder, Model, Patch, Tensor, TensorType, ValueId, print_graph};
+use vitrim_ir::{
+    Attribute, DataType, DimSpec, GraphBuilder, Model, OpType, Patch, Tensor, TensorType, ValueId, print_graph,
+};
 use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, Options};
 use vitrim_passes::recipe::Recipe;
@@ -18,7 +20,7 @@ fn merge(model: &Model, keys: &str) -> Result<Model, Refusal> {
 }
 
 fn refusal(model: &Model, keys: &str) -> String {
-    merge(model, keys).unwrap_err().to_string()
+    merge(model, keys).err().expect("a refusal").to_string()
 }
 
 /// Compares with `tests/golden/NAME.txt`; `VITRIM_BLESS=1` writes it anew.
@@ -85,35 +87,48 @@ const WIDTH: usize = 8;
 
 /// A one-block, one-head ViT without norms or MLP, with what `after` makes of its stream as output.
 fn tiny(after: impl Fn(&mut GraphBuilder, ValueId) -> ValueId) -> Model {
+    with_attention(after, |graph, x| {
+        let project = |graph: &mut GraphBuilder, name: &str| {
+            let weight = graph.initializer(name, Tensor::f32s(&[WIDTH, WIDTH], &noise(WIDTH * WIDTH)));
+            let y = graph.op("MatMul", &format!("{name}/flat"), &[x, weight], &[]);
+            let axis = graph.initializer(&format!("{name}/axis"), Tensor::shape(&[1]));
+            graph.op("Unsqueeze", &format!("{name}/heads"), &[y, axis], &[])
+        };
+        let [q, k, v] = ["q", "k", "v"].map(|name| project(graph, name));
+        let k = graph.op("Transpose", "k/transposed", &[k], &[("perm", Attribute::Ints(vec![0, 1, 3, 2]))]);
+        let scores = graph.op("MatMul", "scores", &[q, k], &[]);
+        let weights = graph.op("Softmax", "weights", &[scores], &[("axis", Attribute::Int(-1))]);
+        let mixed = graph.op("MatMul", "mixed", &[weights, v], &[]);
+        let axis = graph.initializer("head_axis", Tensor::shape(&[1]));
+        graph.op("Squeeze", "joined", &[mixed, axis], &[])
+    })
+}
+
+fn noise(n: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 100.0).collect()
+}
+
+/// The same with any attention over `[batch, tokens, channels]`.
+fn with_attention(
+    after: impl Fn(&mut GraphBuilder, ValueId) -> ValueId,
+    attention: impl Fn(&mut GraphBuilder, ValueId) -> ValueId,
+) -> Model {
     let dims = |dims: &[i64]| {
         let named = std::iter::once(DimSpec::Named("batch".into()));
         TensorType { dtype: DataType::F32, dims: Some(named.chain(dims.iter().map(|&n| DimSpec::Known(n))).collect()) }
     };
     let mut graph = GraphBuilder::new();
     let image = graph.input("image", Some(&dims(&[3, 16, 16])));
-    let noise = |n: usize| (0..n).map(|i| ((i * 37 % 101) as f32 - 50.0) / 100.0).collect::<Vec<_>>();
     let kernel = graph.initializer("kernel", Tensor::f32s(&[WIDTH, 3, 4, 4], &noise(WIDTH * 48)));
     let patches = graph.op("Conv", "patches", &[image, kernel], &[("strides", Attribute::Ints(vec![4, 4]))]);
     let shape = graph.initializer("shape", Tensor::shape(&[0, WIDTH as i64, -1]));
     let flat = graph.op("Reshape", "flat", &[patches, shape], &[]);
     let x = graph.op("Transpose", "tokens", &[flat], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
-    let project = |graph: &mut GraphBuilder, name: &str| {
-        let weight = graph.initializer(name, Tensor::f32s(&[WIDTH, WIDTH], &noise(WIDTH * WIDTH)));
-        let y = graph.op("MatMul", &format!("{name}/flat"), &[x, weight], &[]);
-        let axis = graph.initializer(&format!("{name}/axis"), Tensor::shape(&[1]));
-        graph.op("Unsqueeze", &format!("{name}/heads"), &[y, axis], &[])
-    };
-    let [q, k, v] = ["q", "k", "v"].map(|name| project(&mut graph, name));
-    let k = graph.op("Transpose", "k/transposed", &[k], &[("perm", Attribute::Ints(vec![0, 1, 3, 2]))]);
-    let scores = graph.op("MatMul", "scores", &[q, k], &[]);
-    let weights = graph.op("Softmax", "weights", &[scores], &[("axis", Attribute::Int(-1))]);
-    let mixed = graph.op("MatMul", "mixed", &[weights, v], &[]);
-    let axis = graph.initializer("head_axis", Tensor::shape(&[1]));
-    let mixed = graph.op("Squeeze", "joined", &[mixed, axis], &[]);
+    let mixed = attention(&mut graph, x);
     let stream = graph.op("Add", "stream", &[x, mixed], &[]);
     let out = after(&mut graph, stream);
     graph.output("y", out, None);
-    graph.into_model(8, &[("", 17)], Vec::new())
+    graph.into_model(8, &[("", 17), ("com.microsoft", 1)], Vec::new())
 }
 
 /// The mean over tokens of a stream.
@@ -183,6 +198,91 @@ fn a_token_picked_from_the_middle_is_restored_first() {
     // Whoever says what to protect is told what that leaves out.
     let reason = refusal(&picks, "r = 4\nprotect = 2");
     assert!(reason.contains("reads tokens by position (1 from 5 on)"), "{reason}");
+}
+
+/// A ViT with an operator of ONNX Runtime for its attention.
+fn fused(
+    op: &str,
+    attributes: &[(&str, i64)],
+    operands: &dyn Fn(&mut GraphBuilder, ValueId) -> Vec<Option<ValueId>>,
+) -> Model {
+    with_attention(mean, |graph, x| {
+        let attributes = attributes.iter().map(|&(name, value)| (name, Attribute::Int(value)));
+        let attributes: Vec<_> = [("num_heads", Attribute::Int(2))].into_iter().chain(attributes).collect();
+        let operands = operands(graph, x);
+        graph.call(OpType::of("com.microsoft", op), "mixed", operands, &attributes, 1)[0]
+    })
+}
+
+/// Tokens, a matrix that projects them, and nothing to add.
+fn packed(graph: &mut GraphBuilder, x: ValueId) -> Vec<Option<ValueId>> {
+    let matrix = graph.tensor("matrix", Tensor::f32s(&[WIDTH, 3 * WIDTH], &noise(3 * WIDTH * WIDTH)));
+    vec![Some(x), Some(matrix), None]
+}
+
+#[test]
+fn fused_attention_that_knows_tokens_apart_is_refused() {
+    let table = |graph: &mut GraphBuilder, dims: &[usize]| {
+        Some(graph.tensor("table", Tensor::f32s(dims, &noise(dims.iter().product()))))
+    };
+    let counts = |graph: &mut GraphBuilder| Some(graph.tensor("counts", Tensor::integers(DataType::I32, &[1], &[7])));
+    let twice = |x: ValueId| vec![Some(x); 3];
+    let cases: [(&str, Model); 8] = [
+        ("its attention is causal", fused("Attention", &[("unidirectional", 1)], &packed)),
+        ("its attention is causal", fused("GroupQueryAttention", &[("kv_num_heads", 2)], &|_, x| twice(x))),
+        (
+            "its attention has a cache",
+            fused("MultiHeadAttention", &[], &|graph, x| {
+                let past = table(graph, &[1, 2, 5, 4]);
+                [twice(x), vec![None, None, None, past, past]].concat()
+            }),
+        ),
+        ("it rotates queries and keys by", fused("Attention", &[("do_rotary", 1)], &packed)),
+        (
+            "interleaved in one operand",
+            fused("MultiHeadAttention", &[], &|graph, x| {
+                let heads = graph.tensor("heads", Tensor::shape(&[0, 0, 2, 1, WIDTH as i64 / 2]));
+                let one = graph.op("Reshape", "one", &[x, heads], &[]);
+                vec![Some(graph.op("Concat", "qkv", &[one, one, one], &[("axis", Attribute::Int(3))]))]
+            }),
+        ),
+        ("the tokens of all images on one axis", fused("PackedAttention", &[], &packed)),
+        (
+            "its mask has an entry for each token",
+            fused("MultiHeadAttention", &[], &|graph, x| {
+                let ones = (0..TOKENS as i64).map(|token| token % 2).collect::<Vec<_>>();
+                [twice(x), vec![None, Some(graph.tensor("mask", Tensor::integers(DataType::I32, &[1, TOKENS], &ones)))]]
+                    .concat()
+            }),
+        ),
+        (
+            "counts the tokens that are attended to",
+            fused("MultiHeadAttention", &[], &|graph, x| [twice(x), vec![None, counts(graph)]].concat()),
+        ),
+    ];
+    for (reason, model) in cases {
+        let refusal = refusal(&model, "r = 4");
+        assert!(refusal.contains(reason), "{refusal}, not {reason}");
+    }
+}
+
+#[test]
+fn a_bias_of_fused_attention_follows_the_anchors() {
+    let biased = fused("Attention", &[], &|graph, x| {
+        let dims = [1, 2, TOKENS, TOKENS];
+        let table = graph.tensor("table", Tensor::f32s(&dims, &noise(dims.iter().product())));
+        [packed(graph, x), vec![None, None, Some(table)]].concat()
+    });
+    merge(&biased, "r = 4").unwrap();
+}
+
+#[test]
+fn a_mask_with_equal_entries_is_no_obstacle() {
+    let masked = fused("Attention", &[], &|graph, x| {
+        let ones = graph.tensor("mask", Tensor::integers(DataType::I32, &[1, TOKENS], &[1; TOKENS]));
+        [packed(graph, x), vec![Some(ones)]].concat()
+    });
+    merge(&masked, "r = 4").unwrap();
 }
 
 #[test]

@@ -14,7 +14,7 @@ mod transfer;
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::Graph;
-use crate::{Expr, NodeId, Shapes, ValueId};
+use crate::{Expr, NodeId, Shapes, SkipNorm, ValueId};
 
 pub use layout::{Atom, Axis, Layout, Span};
 
@@ -108,10 +108,12 @@ impl Axes {
     /// Follows the tokens from where they come in.
     pub fn follow(graph: &Graph, shapes: &Shapes, source: Source, opset: i64) -> Self {
         let origin = source.value;
-        let mut layouts = HashMap::from([(origin, source.layout.clone())]);
+        let beginnings = beginnings(graph, origin);
+        let mut layouts: HashMap<ValueId, Layout> =
+            beginnings.iter().map(|&value| (value, source.layout.clone())).collect();
         let mut effects = Vec::new();
         // What depends on the tokens' content, whether or not they can be told apart in it.
-        let mut reached = HashSet::from([origin]);
+        let mut reached: HashSet<ValueId> = beginnings.into_iter().collect();
         for (id, node) in graph.nodes() {
             let carries = |value: &ValueId| layouts.contains_key(value);
             let carried = node.operands().any(|value| carries(&value));
@@ -188,5 +190,15 @@ impl Axes {
             Effect::Pinned { reason } => Some((*id, reason.as_str())),
             _ => None,
         })
+    }
+}
+
+/// The origin; both results of an operator that gives a sum and its norm.
+fn beginnings(graph: &Graph, origin: ValueId) -> Vec<ValueId> {
+    match graph.producer(origin).map(|(id, _)| graph.node(id)) {
+        Some(node) if SkipNorm::of(node).is_some() => {
+            [SkipNorm::NORM, SkipNorm::SUM].into_iter().filter_map(|slot| node.output(slot)).collect()
+        }
+        _ => vec![origin],
     }
 }

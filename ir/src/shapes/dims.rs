@@ -168,7 +168,8 @@ fn standard(call: &mut Call<'_>, name: &str) -> Known<Results> {
         }
         "ReduceL1" | "ReduceL2" | "ReduceLogSum" | "ReduceLogSumExp" | "ReduceMax" | "ReduceMean" | "ReduceMin"
         | "ReduceProd" | "ReduceSum" | "ReduceSumSquare" => reduce(call),
-        "LayerNormalization" => layer_normalization(call, &[1, 2]),
+        // The simplified form is ONNX Runtime's, which has it in the standard domain.
+        "LayerNormalization" | "SimplifiedLayerNormalization" => layer_normalization(call, &[1, 2]),
         "BatchNormalization" => {
             let dims = call.dims(0)?.to_vec();
             let channels = call.dims(1).ok().map(<[Expr]>::to_vec);

@@ -29,6 +29,9 @@ impl Rewriter<'_> {
         let refusal = self.pinned(core.softmax, &format!("it is an attention whose {name} cannot be read"));
         let unknown = || refusal.clone();
         let operand = operand.ok_or_else(unknown)?;
+        if core.is_fused() && self.vit.axes.layout(operand).is_some_and(|layout| layout.rank() == 3) {
+            return self.fused_metric(core, metric, hint).ok_or_else(unknown);
+        }
         let roles = self.roles(operand).ok_or_else(unknown)?;
         let (value, roles) = self.walk_back(operand, roles);
         let heads = self.vit.blocks[block].heads as i64;
@@ -87,7 +90,7 @@ impl Rewriter<'_> {
         }
     }
 
-    fn reduce_mean(&mut self, value: ValueId, axis: i64, hint: &str) -> ValueId {
+    pub(super) fn reduce_mean(&mut self, value: ValueId, axis: i64, hint: &str) -> ValueId {
         let keep = ("keepdims", Attribute::Int(0));
         if self.model.opsets().standard() >= 18 {
             let axes = self.patch.constant(&format!("{hint}_axes"), Tensor::shape(&[axis]));

@@ -2,16 +2,19 @@
 //!
 //! Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461). One patch does it all:
 //!
-//! 1. at every cut whose block removes tokens, the residual stream goes through `TokenMerge` (`stages`);
+//! 1. at every cut whose block removes tokens, the residual stream goes through `TokenMerge` (`stages`, `cut`);
 //! 2. operators that state the token count get the right one (`recount`), and what is computed from it keeps the old
 //!    one (`counts`);
 //! 3. tables with an entry for each token follow the tokens (`tables`);
-//! 4. attention over merged tokens becomes proportional, means and sums become size-weighted (`weigh`, `contract`);
+//! 4. attention over merged tokens becomes proportional, means and sums become size-weighted (`weigh`, `fused`,
+//!    `contract`);
 //! 5. what leaves the model with an entry for each token is restored (`restore`).
 
 mod arrange;
 mod contract;
 mod counts;
+mod cut;
+mod fused;
 mod metric;
 mod recount;
 mod restore;
@@ -166,13 +169,15 @@ impl Merge {
             stages: Stages::default(),
             replaced: HashMap::new(),
             followed: Vec::new(),
+            tables: HashMap::new(),
             sizes_over: HashMap::new(),
             log_sizes: HashMap::new(),
+            notes,
         };
         rewriter.stages = stages::assign(&rewriter)?;
         rewriter.check_positions()?;
         if rewriter.removed.iter().all(|&r| r == 0) && !self.trace_source {
-            return Ok(Proposal { patch: rewriter.patch, steps, notes });
+            return Ok(Proposal { patch: rewriter.patch, steps, notes: rewriter.notes });
         }
         rewriter.merge_blocks()?;
         rewriter.recount()?;
@@ -182,7 +187,7 @@ impl Merge {
         rewriter.restore()?;
         rewriter.forget_types();
         rewriter.patch.import(DOMAIN, VERSION);
-        Ok(Proposal { patch: rewriter.patch, steps, notes })
+        Ok(Proposal { patch: rewriter.patch, steps, notes: rewriter.notes })
     }
 }
 
@@ -202,10 +207,13 @@ struct Rewriter<'a> {
     replaced: HashMap<ValueId, ValueId>,
     /// Tables that follow the tokens.
     followed: Vec<Followed>,
+    /// What took the place of a table in an operand of a node.
+    tables: HashMap<(NodeId, usize), ValueId>,
     /// Sizes of part of the slots, by stage.
     sizes_over: HashMap<(usize, Span), ValueId>,
     /// Logarithms of them.
     log_sizes: HashMap<(usize, Span), ValueId>,
+    notes: Vec<String>,
 }
 
 impl Rewriter<'_> {
@@ -236,12 +244,8 @@ impl Rewriter<'_> {
 
     /// Puts the merge after the attention of one block.
     fn merge_block(&mut self, block: usize) -> Result<(), Refusal> {
-        let graph = self.graph;
         let cut = self.vit.blocks[block].cut;
-        let streams: Vec<ValueId> = graph.node(cut).results().filter(|&value| self.vit.axes.carries(value)).collect();
-        let [x] = streams[..] else {
-            return Err(self.pinned(cut, "it gives the sum and its norm at once; splitting it is not supported yet"));
-        };
+        let x = self.stream(cut)?;
         let hint = format!("vitrim/block{block}");
         let stage = self.stages.of_block(block);
         let layout = self.vit.axes.layout(x).cloned().unwrap_or_default();
@@ -251,7 +255,8 @@ impl Rewriter<'_> {
             &format!("it gives a residual stream that cannot be arranged as [batch, tokens, channels]: {layout}"),
         );
         let unknown = || refusal.clone();
-        let batch_first = self.tokens_second(x, &arrangement, stage, &hint).ok_or_else(unknown)?;
+        let before = self.before_merge(cut, x);
+        let batch_first = self.tokens_second(before, &arrangement, stage, &hint).ok_or_else(unknown)?;
         let batch_first = match arrangement.others() {
             0 => return Err(refusal),
             1 => batch_first,
@@ -316,9 +321,14 @@ impl Rewriter<'_> {
             }
         };
         let back = self.as_before(y, &arrangement, stage + 1, &hint).ok_or_else(unknown)?;
-        self.patch.rewire_uses(graph, x, back, |_| true);
-        self.replaced.insert(x, back);
+        self.replace_stream(cut, x, back);
         Ok(())
+    }
+
+    /// Lets the readers of `old` read `new`; graph outputs are left to `restore`.
+    fn replace(&mut self, old: ValueId, new: ValueId) {
+        self.patch.rewire_uses(self.graph, old, new, |_| true);
+        self.replaced.insert(old, new);
     }
 
     /// What readers of `value` read now.

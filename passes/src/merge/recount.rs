@@ -1,6 +1,6 @@
 //! Operators that state the token count get the right one.
 
-use vitrim_ir::{Attribute, Axis, Effect, NodeId, Tensor, ValueId};
+use vitrim_ir::{Attribute, Axis, Effect, FusedAttention, NodeId, Tensor, ValueId};
 
 use super::Rewriter;
 use crate::Refusal;
@@ -179,7 +179,8 @@ impl Rewriter<'_> {
                 return;
             }
         }
-        if node.is("Attention") {
+        // What is added to all scores alike changes no softmax.
+        if FusedAttention::of(self.graph, node).is_some() {
             self.patch.clear_input(id, slot);
             return;
         }

@@ -6,7 +6,7 @@
 //! What concerns pairs of tokens (relative-position biases, masks), or is no floating-point number, or differs from
 //! image to image is that of the slot's anchor, whose place the slot keeps.
 
-use vitrim_ir::{Attribute, Effect, NodeId, Span, Tensor, ValueId};
+use vitrim_ir::{Attribute, Effect, FusedAttention, NodeId, Span, Tensor, ValueId};
 use vitrim_ops::{TokenMean, TokenRestore};
 
 use super::arrange::Frame;
@@ -31,10 +31,12 @@ impl Rewriter<'_> {
             let node = self.graph.node(id);
             let (Some(table), Some(result)) = (node.input(slot), node.output(0)) else { continue };
             let Some(stage) = self.stages.of(result).filter(|&stage| stage > 0) else { continue };
-            let frame = if node.is("Attention") { Frame::scores() } else { self.frame_of(result, id)? };
-            let averaged = self.is_averaged(table, result);
+            let fused = FusedAttention::of(self.graph, node).is_some();
+            let frame = if fused { Frame::scores() } else { self.frame_of(result, id)? };
+            let averaged = !fused && self.is_averaged(table, result);
             let followed = self.followed(id, table, &axes, stage, frame, averaged)?;
             self.patch.rewire(id, slot, followed);
+            self.tables.insert((id, slot), followed);
         }
         Ok(())
     }
@@ -84,8 +86,7 @@ impl Rewriter<'_> {
     /// pairs, and that are the same for all images.
     fn is_averaged(&self, table: ValueId, result: ValueId) -> bool {
         let single = self.vit.axes.layout(result).is_some_and(|layout| layout.token_axes().len() == 1);
-        let fused = self.graph.producer(result).is_some_and(|(node, _)| self.graph.node(node).is("Attention"));
-        single && !fused && self.dtype(table).is_float() && !self.vit.shapes.is_data(table)
+        single && self.dtype(table).is_float() && !self.vit.shapes.is_data(table)
     }
 
     /// The slots' entries of a table that all images share.

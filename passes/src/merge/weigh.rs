@@ -3,7 +3,7 @@
 //! Proportional attention (arXiv 2210.09461, equation 1) adds log(size) of the keys to the scaled scores of every
 //! softmax over merged tokens, pooling heads included. A mean or sum over merged tokens weighs each by its size.
 
-use vitrim_ir::{Attribute, DataType, Effect, NodeId, Span, Tensor, ValueId};
+use vitrim_ir::{Attribute, DataType, Effect, FusedAttention, NodeId, Span, Tensor, ValueId};
 
 use super::{Reduction, Rewriter};
 use crate::Refusal;
@@ -52,8 +52,11 @@ impl Rewriter<'_> {
     }
 
     fn attend(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {
+        if let Some(fused) = FusedAttention::of(self.graph, self.graph.node(id)) {
+            return self.weigh_fused(id, &fused, stage);
+        }
         let core = self.vit.blocks.iter().map(|block| &block.core).find(|core| core.softmax == id);
-        if let Some(core) = core.filter(|core| core.is_fused() || self.sizes_can_ride(core)) {
+        if let Some(core) = core.filter(|core| self.sizes_can_ride(core)) {
             return self.weigh_values(core.mix, core.slots.value, stage);
         }
         let (graph, vit) = (self.graph, self.vit);
@@ -65,7 +68,7 @@ impl Rewriter<'_> {
         let keys = keys.and_then(|at| Some((at, layout.0[at].only_tokens()?)));
         let (keys, span) = keys.ok_or_else(|| self.pinned(id, "it is an attention whose keys are not the tokens"))?;
         let hint = format!("vitrim/{}", graph.value(scores).name());
-        let log_size = self.log_size(id, stage, span)?;
+        let log_size = self.log_size(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let bias = if frame.is_batch_first(layout.rank()) {
             self.reshape(log_size, &size_shape(layout.rank(), keys), &format!("{hint}/log_size"))
         } else {
@@ -116,7 +119,7 @@ impl Rewriter<'_> {
 
     /// Proportional attention without touching the scores: softmax(l + log s)·v = (P·[s⊙v]) / (P·s) with
     /// P = softmax(l). Sizes scale the values and ride along as one more channel.
-    fn weigh_values(&mut self, id: NodeId, slot: usize, stage: usize) -> Result<(), Refusal> {
+    pub(super) fn weigh_values(&mut self, id: NodeId, slot: usize, stage: usize) -> Result<(), Refusal> {
         let node = self.graph.node(id);
         let (Some(values), Some(result)) = (node.input(slot), node.output(0)) else { return Ok(()) };
         let rank = self.vit.axes.layout(values).map(|layout| layout.rank());
@@ -154,14 +157,15 @@ impl Rewriter<'_> {
         Ok(())
     }
 
-    fn log_size(&mut self, id: NodeId, stage: usize, span: Span) -> Result<ValueId, Refusal> {
+    /// Logarithm of the sizes of the slots in `span` at a stage, `[B, M, 1]` float32.
+    pub(super) fn log_size(&mut self, stage: usize, span: Span) -> Option<ValueId> {
         if let Some(&log_size) = self.log_sizes.get(&(stage, span)) {
-            return Ok(log_size);
+            return Some(log_size);
         }
-        let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
+        let size = self.size_over(stage, span)?;
         let log_size = self.patch.op("Log", &format!("vitrim/log_size{stage}"), &[size], &[]);
         self.log_sizes.insert((stage, span), log_size);
-        Ok(log_size)
+        Some(log_size)
     }
 
     fn pool(&mut self, id: NodeId, stage: usize, span: Span, axis: usize, mean: bool) -> Result<(), Refusal> {

@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use vitrim_ir::{Expr, Graph, NodeId, Shapes, ValueId};
+use vitrim_ir::{Expr, FusedAttention, Graph, NodeId, Shapes, ValueId};
 
 /// An attention, found by its softmax; not yet known to run over tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,9 +15,11 @@ pub struct Core {
     pub mix: NodeId,
     /// Operand slots of queries and keys in `scores`, and of values in `mix`.
     pub slots: Slots,
+    /// The fused operator that does all of it, where there is one.
+    pub fused: Option<FusedAttention>,
 }
 
-/// Operand slots of a core.
+/// Operand slots of a core. They are one where a fused operator projects the tokens itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Slots {
     /// Queries, in `scores`.
@@ -31,7 +33,7 @@ pub struct Slots {
 impl Core {
     /// Whether one fused operator does all of it.
     pub fn is_fused(&self) -> bool {
-        self.scores == self.mix
+        self.fused.is_some()
     }
 
     /// How many keys each query meets.
@@ -92,30 +94,14 @@ fn is_product(graph: &Graph, id: NodeId) -> bool {
     )
 }
 
-/// Fused attention operators: vitrim knows them as attention even where it cannot follow tokens through them yet.
-fn is_fused_attention(graph: &Graph, id: NodeId) -> bool {
-    let op = &graph.node(id).op;
-    match op.domain.as_str() {
-        "" => op.name == "Attention",
-        "com.microsoft" => matches!(
-            op.name.as_str(),
-            "Attention"
-                | "MultiHeadAttention"
-                | "QAttention"
-                | "QOrderedAttention"
-                | "GroupQueryAttention"
-                | "PackedAttention"
-        ),
-        _ => false,
-    }
-}
-
 /// All attention cores of the graph, in graph order.
 pub(super) fn find_cores(graph: &Graph, shapes: &Shapes) -> Vec<Core> {
     let mut cores = Vec::new();
     for (id, node) in graph.nodes() {
-        if is_fused_attention(graph, id) {
-            cores.push(Core { softmax: id, scores: id, mix: id, slots: Slots { query: 0, key: 1, value: 2 } });
+        if let Some(fused) = FusedAttention::of(graph, node) {
+            let [query, key, value] = fused.slots();
+            let slots = Slots { query, key, value };
+            cores.push(Core { softmax: id, scores: id, mix: id, slots, fused: Some(fused) });
         } else if node.is("Softmax") {
             cores.extend(core_of(graph, shapes, id));
         }
@@ -129,7 +115,7 @@ fn core_of(graph: &Graph, shapes: &Shapes, softmax: NodeId) -> Option<Core> {
     let mix_node = graph.node(mix);
     let value_slot = if mix_node.op.name == "QLinearMatMul" { 3 - weights_slot } else { 1 - weights_slot.min(1) };
     let right = if graph.node(scores).op.name == "QLinearMatMul" { 3 } else { 1 };
-    Some(Core { softmax, scores, mix, slots: Slots { query: 0, key: right, value: value_slot } })
+    Some(Core { softmax, scores, mix, slots: Slots { query: 0, key: right, value: value_slot }, fused: None })
 }
 
 /// The product that the softmax's operand comes from.

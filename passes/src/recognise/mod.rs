@@ -354,8 +354,8 @@ impl Recogniser<'_> {
     /// Heads of a block's attention: what its outer axes hold beside the batch.
     fn heads_of(&self, core: &Core, axes: &Axes) -> Option<usize> {
         let node = self.graph.node(core.softmax);
-        if let Some(heads) = node.int("q_num_heads").filter(|_| core.is_fused()) {
-            return usize::try_from(heads).ok();
+        if let Some(heads) = core.fused.as_ref().and_then(|fused| fused.heads) {
+            return Some(heads);
         }
         let value = if core.is_fused() { core.query(self.graph)? } else { node.output(0)? };
         let layout = axes.layout(value)?;

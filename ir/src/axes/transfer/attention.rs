@@ -3,43 +3,68 @@
 use super::{Context, Flow, Transfer};
 use crate::axes::{Axis, Effect, Layout};
 use crate::graph::Node;
+use crate::{FusedAttention, ValueId};
 
 impl Context<'_> {
-    /// The standard operator, in version 23 and later: Q, K and V as `[B, H, N, d]` or `[B, N, H·d]`.
-    pub(super) fn attention(&self, node: &Node) -> Transfer {
-        let axes = |slot: usize| self.axes(node.input(slot).ok_or("no operand")?);
-        let (q, k, v) = (axes(0)?, axes(1)?, axes(2)?);
-        if node.int("is_causal").unwrap_or(0) != 0
-            || node.input(4).is_some()
-            || node.input(5).is_some()
-            || node.input(6).is_some()
-        {
-            return Err("its attention is causal or has a cache".into());
+    /// Queries attend over keys; the operands hold tokens along their second axis (`[B, N, H·d]`) or their third
+    /// (`[B, H, N, d]`).
+    pub(super) fn attention(&self, node: &Node, fused: &FusedAttention) -> Transfer {
+        if let Some(obstacle) = fused.obstacle {
+            return Err(obstacle.into());
         }
-        // From version 25 on: which keys a query sees depends on how far they are.
-        if ["left_window_size", "right_window_size"].iter().any(|name| node.int(name).unwrap_or(-1) >= 0) {
-            return Err("its attention sees neighbouring tokens only".into());
-        }
-        let token_axis = if k.len() == 4 { 2 } else { 1 };
-        if k[token_axis].only_tokens().is_none() || !v[token_axis].same_as(&k[token_axis]) {
+        let [(q, queries), (k, keys), (v, values)] = fused
+            .slots()
+            .map(|slot| self.attended(node, slot))
+            .into_iter()
+            .collect::<Result<Vec<_>, _>>()?
+            .try_into()
+            .map_err(|_| "no operand")?;
+        if k[keys].only_tokens().is_none() || !v[values].same_as(&k[keys]) {
             return Err("its keys and values are not the tokens".into());
         }
-        let elsewhere = |axes: &[Axis]| axes.iter().enumerate().any(|(at, axis)| at != token_axis && axis.has_tokens());
-        if elsewhere(&q) || elsewhere(&k) || elsewhere(&v) {
-            return Err("it has tokens on another axis than the one it attends over".into());
+        let of_tokens = |slot: usize| self.layout(node.input(slot)).is_some();
+        if fused.slots()[1] == 0 && node.inputs.iter().enumerate().any(|(slot, _)| slot > 0 && of_tokens(slot)) {
+            return Err("its weights are made of the tokens".into());
         }
         let mut flow = Flow::default().with(Effect::Attend);
-        if let Some(mask) = node.input(3) {
-            let scores = [q[0].clone(), Axis::default(), q[token_axis].clone(), k[token_axis].clone()];
-            flow.effects.extend(self.table(3, mask, &scores)?);
+        if let Some((slot, bias)) = fused.attention_bias.and_then(|slot| Some((slot, node.input(slot)?))) {
+            let scores = [q[0].clone(), Axis::default(), q[queries].clone(), k[keys].clone()];
+            flow.effects.extend(self.table(slot, bias, &scores)?);
         }
-        if node.output(3).is_some() {
-            return Err("its scores are read elsewhere".into());
+        if let Some((slot, mask)) = fused.mask.and_then(|slot| Some((slot, node.input(slot)?))) {
+            flow.effects.extend(self.key_mask(slot, mask)?);
         }
-        let mut out = q.clone();
+        let mut out = q;
         let last = out.len() - 1;
         out[last] = Axis::plain(&self.result_dims(node, 0)?[last]);
         flow.layouts = vec![Some(Layout(out))];
         Ok(flow)
+    }
+
+    /// The axes of an operand with queries, keys or values, and which of them may hold tokens.
+    fn attended(&self, node: &Node, slot: usize) -> Result<(Vec<Axis>, usize), String> {
+        let axes = self.axes(node.input(slot).ok_or("no operand")?)?;
+        let at = axes
+            .len()
+            .checked_sub(2)
+            .filter(|at| [1, 2].contains(at))
+            .ok_or("its operands have another rank than 3 or 4")?;
+        if axes.iter().enumerate().any(|(axis, factors)| axis != at && factors.has_tokens()) {
+            return Err("it has tokens on another axis than the one it attends over".into());
+        }
+        Ok((axes, at))
+    }
+
+    /// What becomes of a mask: one with equal entries changes no softmax.
+    fn key_mask(&self, slot: usize, mask: ValueId) -> Result<Option<Effect>, String> {
+        let dims = self.axes(mask)?;
+        if dims.len() == 1 {
+            return Err("its mask counts the tokens that are attended to".into());
+        }
+        match dims.iter().rev().take(2).any(|axis| !axis.atoms().is_empty()) {
+            false => Ok(None),
+            true if self.shapes.uniform(mask).is_some() => Ok(Some(Effect::UniformTable { slot })),
+            true => Err("its mask has an entry for each token".into()),
+        }
     }
 }

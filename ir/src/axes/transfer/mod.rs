@@ -10,7 +10,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::{Axis, Effect, Layout, Source};
 use crate::graph::{Graph, Node};
-use crate::{Expr, Shapes, ValueId};
+use crate::{Expr, FusedAttention, Shapes, SkipNorm, ValueId};
 
 /// What an operator does.
 #[derive(Default)]
@@ -52,6 +52,9 @@ impl Context<'_> {
         let contrib = node.op.domain == "com.microsoft";
         if !(node.op.domain.is_empty() || contrib) {
             return Err(format!("there is no rule for the operator {}", node.op));
+        }
+        if let Some(fused) = FusedAttention::of(self.graph, node) {
+            return self.attention(node, &fused);
         }
         match node.op.name.as_str() {
             "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "Relu"
@@ -95,14 +98,13 @@ impl Context<'_> {
             "LayerNormalization" | "RMSNormalization" | "SimplifiedLayerNormalization" | "LpNormalization" => {
                 self.layer_norm(node)
             }
-            "SkipLayerNormalization" | "SkipSimplifiedLayerNormalization" => self.skip_layer_norm(node),
+            _ if SkipNorm::of(node).is_some() => self.skip_norm(node),
             "BatchNormalization" => self.per_channel(node),
             "Conv" => self.pointwise_conv(node),
             "ReduceMean" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceL1" | "ReduceL2" | "ReduceSumSquare"
             | "ReduceProd" | "ReduceLogSumExp" | "ReduceLogSum" | "ArgMax" | "ArgMin" => self.reduce(node),
             "GlobalAveragePool" | "GlobalMaxPool" => self.global_pool(node),
             "Shape" | "Size" => Ok(Flow::default()),
-            "Attention" if !contrib => self.attention(node),
             _ => Err(format!("there is no rule for the operator {}", node.op)),
         }
     }

@@ -42,9 +42,13 @@ impl Context<'_> {
         })
     }
 
-    pub(super) fn skip_layer_norm(&self, node: &Node) -> Transfer {
+    pub(super) fn skip_norm(&self, node: &Node) -> Transfer {
         let (Some(a), Some(b)) = (node.input(0), node.input(1)) else { return Err("no operand".into()) };
         let flow = self.broadcast(&[(0, a), (1, b)])?;
+        if !flow.effects.is_empty() {
+            // Even with equal entries: the operator takes no single number for it.
+            return Err("it adds a table with an entry for each token".into());
+        }
         let layout = flow.layouts[0].clone().unwrap_or_default();
         if layout.0.last().is_none_or(Axis::has_tokens) {
             return Err("it normalises over the tokens".into());
