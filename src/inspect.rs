@@ -111,7 +111,7 @@ impl Inspection {
 
 impl Found {
     fn of(model: &Model, vit: &VitModel) -> Self {
-        let heads: Vec<usize> = vit.blocks.iter().map(|block| block.heads).collect();
+        let heads: Vec<usize> = vit.blocks.iter().map(|block| block.heads(model.graph())).collect();
         let same = heads.windows(2).all(|pair| pair[0] == pair[1]);
         let tokens = vit.tokens();
         Self {

@@ -4,6 +4,7 @@ use vitrim_ir::{Attribute, Expr, Span, Tensor, ValueId};
 
 use super::{Metric, Rewriter};
 use crate::Refusal;
+use crate::recognise::Attention;
 
 /// What an axis of a query, key or value tensor is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,9 +18,35 @@ enum Role {
 use Role::{Batch, BatchAndHeads, Channels, Heads, Tokens};
 
 impl Rewriter<'_> {
-    /// The metric of a block as `[B, N, D]`.
+    /// The metric of a block as `[B, N, D]`: of several attentions side by side the sum, which points where their mean
+    /// does.
     pub(super) fn metric(&mut self, block: usize, metric: Metric, hint: &str) -> Result<ValueId, Refusal> {
-        let core = &self.vit.blocks[block].core;
+        let mut sum = None;
+        let mut seen = Vec::new();
+        for (at, attention) in self.vit.blocks[block].attentions.iter().enumerate() {
+            let keys = attention.core.key(self.graph);
+            if seen.contains(&keys) {
+                continue;
+            }
+            seen.push(keys);
+            let hint = if at == 0 { hint.to_owned() } else { format!("{hint}/attention{at}") };
+            let own = self.metric_of(block, attention, metric, &hint)?;
+            sum = Some(match sum {
+                Some(sum) => self.patch.op("Add", &format!("{hint}/sum"), &[sum, own], &[]),
+                None => own,
+            });
+        }
+        sum.ok_or_else(|| Refusal::Internal("a block without attention".into()))
+    }
+
+    fn metric_of(
+        &mut self,
+        block: usize,
+        attention: &Attention,
+        metric: Metric,
+        hint: &str,
+    ) -> Result<ValueId, Refusal> {
+        let core = &attention.core;
         let graph = self.graph;
         let (operand, name) = match metric {
             Metric::Query => (core.query(graph), "query"),
@@ -34,7 +61,7 @@ impl Rewriter<'_> {
         }
         let roles = self.roles(operand).ok_or_else(unknown)?;
         let (value, roles) = self.walk_back(operand, roles);
-        let heads = self.vit.blocks[block].heads as i64;
+        let heads = attention.heads as i64;
 
         // Split heads off the batch where they share an axis.
         let (value, roles) = match roles.as_slice() {

@@ -6,6 +6,7 @@ use vitrim_ir::{Expr, NodeId, ValueId};
 
 use super::Rewriter;
 use crate::Refusal;
+use crate::recognise::softmaxes;
 
 /// What the merge that begins a stage gives.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,7 +101,7 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
     stages.entries = vec![Stage::default(); stages.counts.len()];
 
     let pinned: HashSet<NodeId> = vit.restore_before.iter().map(|pin| pin.node).collect();
-    let softmaxes: HashSet<NodeId> = vit.blocks.iter().map(|block| block.core.softmax).collect();
+    let softmaxes: HashSet<NodeId> = softmaxes(&vit.blocks).collect();
     let mut restored: HashSet<ValueId> = HashSet::new();
     stages.of_value.insert(vit.axes.origin(), 0);
     for (id, node) in graph.nodes() {

@@ -55,7 +55,8 @@ impl Rewriter<'_> {
         if let Some(fused) = FusedAttention::of(self.graph, self.graph.node(id)) {
             return self.weigh_fused(id, &fused, stage);
         }
-        let core = self.vit.blocks.iter().map(|block| &block.core).find(|core| core.softmax == id);
+        let attentions = self.vit.blocks.iter().flat_map(|block| &block.attentions);
+        let core = attentions.map(|attention| &attention.core).find(|core| core.softmax == id);
         if let Some(core) = core.filter(|core| self.sizes_can_ride(core)) {
             return self.weigh_values(core.mix, core.slots.value, stage);
         }

@@ -83,6 +83,11 @@ const BETWEEN: &[&str] = &[
     "Min",
     "Transpose",
     "Expand",
+    "Gather",
+    "Slice",
+    "Split",
+    "Tanh",
+    "Conv",
 ];
 /// How many of them are followed.
 const MAX_BETWEEN: usize = 8;
@@ -92,6 +97,28 @@ fn is_product(graph: &Graph, id: NodeId) -> bool {
         graph.node(id).op.name.as_str(),
         "MatMul" | "FusedMatMul" | "Einsum" | "Gemm" | "MatMulInteger" | "QLinearMatMul"
     )
+}
+
+/// Attentions of the same block: none of them reaches another.
+pub(super) type Group = Vec<Core>;
+
+/// Groups cores, the nearest to the image first: those as many attentions away from it stand side by side.
+pub(super) fn group(cores: &[Core], reached_from: impl Fn(NodeId) -> HashSet<NodeId>) -> Vec<Group> {
+    let mut depths: Vec<usize> = vec![0; cores.len()];
+    let mut groups: Vec<Group> = Vec::new();
+    for (at, core) in cores.iter().enumerate() {
+        let reached = reached_from(core.mix);
+        for (behind, other) in cores.iter().enumerate().skip(at + 1) {
+            if reached.contains(&other.softmax) {
+                depths[behind] = depths[behind].max(depths[at] + 1);
+            }
+        }
+        if groups.len() <= depths[at] {
+            groups.resize_with(depths[at] + 1, Vec::new);
+        }
+        groups[depths[at]].push(core.clone());
+    }
+    groups
 }
 
 /// All attention cores of the graph, in graph order.
@@ -111,7 +138,7 @@ pub(super) fn find_cores(graph: &Graph, shapes: &Shapes) -> Vec<Core> {
 
 fn core_of(graph: &Graph, shapes: &Shapes, softmax: NodeId) -> Option<Core> {
     let scores = product_before(graph, shapes, graph.node(softmax).input(0)?)?;
-    let (mix, weights_slot) = product_after(graph, graph.node(softmax).output(0)?)?;
+    let (mix, weights_slot) = product_after(graph, shapes, graph.node(softmax).output(0)?)?;
     let mix_node = graph.node(mix);
     let value_slot = if mix_node.op.name == "QLinearMatMul" { 3 - weights_slot } else { 1 - weights_slot.min(1) };
     let right = if graph.node(scores).op.name == "QLinearMatMul" { 3 } else { 1 };
@@ -120,17 +147,22 @@ fn core_of(graph: &Graph, shapes: &Shapes, softmax: NodeId) -> Option<Core> {
 
 /// The product that the softmax's operand comes from.
 fn product_before(graph: &Graph, shapes: &Shapes, mut value: ValueId) -> Option<NodeId> {
+    let mut learned = None;
     for _ in 0..MAX_BETWEEN {
-        let (id, _) = graph.producer(value)?;
+        let Some((id, _)) = graph.producer(value) else { return learned };
         let node = graph.node(id);
-        if is_product(graph, id) {
-            return node.operands().any(|operand| shapes.is_data(operand)).then_some(id);
-        }
-        if !BETWEEN.contains(&node.op.name.as_str()) {
-            return None;
-        }
         let mut data = node.operands().filter(|&operand| shapes.is_data(operand));
-        value = data.next()?;
+        if is_product(graph, id) {
+            if node.operands().filter(|&operand| shapes.is_data(operand)).count() > 1 {
+                return Some(id);
+            }
+            // Learned queries, or a mixture of heads behind the scores.
+            learned = learned.or(Some(id));
+        } else if !BETWEEN.contains(&node.op.name.as_str()) {
+            return learned;
+        }
+        let Some(next) = data.next() else { return learned };
+        value = next;
         if let Some(other) = data.next() {
             // A computed bias beside the scores: take the operand that leads to a product directly.
             let direct = |value: ValueId| graph.producer(value).is_some_and(|(id, _)| is_product(graph, id));
@@ -139,20 +171,25 @@ fn product_before(graph: &Graph, shapes: &Shapes, mut value: ValueId) -> Option<
             }
         }
     }
-    None
+    learned
 }
 
 /// The product that reads the softmax's result, and the operand slot in which it does.
-fn product_after(graph: &Graph, weights: ValueId) -> Option<(NodeId, usize)> {
+fn product_after(graph: &Graph, shapes: &Shapes, weights: ValueId) -> Option<(NodeId, usize)> {
     let mut open = vec![(weights, 0)];
     let mut seen = HashSet::new();
     while let Some((value, depth)) = open.pop() {
         for used in graph.value(value).uses() {
             let Some(slot) = used.slot else { continue };
-            if is_product(graph, used.node) {
+            let product = is_product(graph, used.node);
+            let mixes_heads = || {
+                let data = graph.node(used.node).operands().filter(|&operand| shapes.is_data(operand)).count();
+                data < 2 && graph.value(value).uses().len() == 1
+            };
+            if product && !mixes_heads() {
                 return Some((used.node, slot));
             }
-            let between = BETWEEN.contains(&graph.node(used.node).op.name.as_str());
+            let between = product || BETWEEN.contains(&graph.node(used.node).op.name.as_str());
             if between && depth < MAX_BETWEEN && seen.insert(used.node) {
                 open.extend(graph.node(used.node).results().map(|result| (result, depth + 1)));
             }

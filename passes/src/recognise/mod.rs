@@ -17,6 +17,7 @@ use std::fmt;
 use serde::Serialize;
 use vitrim_ir::{Axes, Effect, Expr, Graph, Model, NodeId, Shapes, Span, ValueId};
 
+use self::core::Group;
 pub use self::core::{Core, Slots};
 use crate::Refusal;
 use flow::{Content, Flow};
@@ -45,12 +46,33 @@ pub struct VitModel {
 /// A transformer block.
 #[derive(Clone, Debug)]
 pub struct Block {
-    /// Its attention.
-    pub core: Core,
-    /// Heads of the attention.
-    pub heads: usize,
+    /// Its attention: one for all heads in most models.
+    pub attentions: Vec<Attention>,
     /// The node after which tokens can be regrouped: the attention's residual sum (or a fused form of it).
     pub cut: NodeId,
+}
+
+impl Block {
+    /// Heads of all its attentions together. Parts of one, with the same keys, count once.
+    pub fn heads(&self, graph: &Graph) -> usize {
+        let mut seen: Vec<(Option<ValueId>, NodeId)> = Vec::new();
+        let own = |attention: &&Attention| {
+            let key = (attention.core.key(graph), attention.core.mix);
+            let new = !seen.iter().any(|&(keys, mix)| keys == key.0 || mix == key.1);
+            seen.push(key);
+            new
+        };
+        self.attentions.iter().filter(own).map(|attention| attention.heads).sum()
+    }
+}
+
+/// An attention of a block.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    /// Where it is.
+    pub core: Core,
+    /// Its heads.
+    pub heads: usize,
 }
 
 /// Tokens that do not stand for patches.
@@ -223,7 +245,8 @@ struct Recogniser<'a> {
 impl Recogniser<'_> {
     fn run(&self, cores: &[Core], shapes: Shapes) -> Result<VitModel, Refusal> {
         let graph = self.graph;
-        let first_cut = self.first_cut(cores)?;
+        let groups = core::group(cores, |node| Flow::towards(self.content, &[node]).reached_from(node));
+        let first_cut = self.cut_after(&groups[0], groups.get(1), None)?;
         let flow = Flow::towards(self.content, &[first_cut]);
         let origin_node = flow.gate_before(first_cut).ok_or_else(|| {
             Refusal::NotAVit(format!("nothing that all of the image passes comes before {}", graph.describe(first_cut)))
@@ -234,7 +257,7 @@ impl Recogniser<'_> {
         let image = (self.content.inputs_of(origin_node).into_iter().next())
             .ok_or_else(|| Refusal::NotAVit("the first attention reads no image".into()))?;
         let axes = self.tokens(origin, cores)?;
-        let blocks = self.blocks(cores, &axes)?;
+        let blocks = self.blocks(&groups, &axes)?;
         let special = special::find(graph, self.shapes, &axes);
         let last = blocks.last().map(|block| block.cut).unwrap_or(first_cut);
         let mut restore_before = Vec::new();
@@ -254,34 +277,32 @@ impl Recogniser<'_> {
         Ok(VitModel { revision: graph.revision(), shapes, axes, image, blocks, special, heads, restore_before })
     }
 
-    /// The first cut, found before anything is known of tokens.
-    fn first_cut(&self, cores: &[Core]) -> Result<NodeId, Refusal> {
-        self.cut_after(&cores[0], cores.get(1).map(|core| core.softmax), None)
-    }
-
-    /// The earliest node after `core` that all content passes on its way to `next` (or, after the last core, to the
-    /// graph's outputs).
-    fn cut_after(&self, core: &Core, next: Option<NodeId>, axes: Option<&Axes>) -> Result<NodeId, Refusal> {
+    /// The earliest node after a group of cores that all content passes on its way to the next group (or, after the last
+    /// one, to the graph's outputs).
+    fn cut_after(&self, group: &[Core], next: Option<&Group>, axes: Option<&Axes>) -> Result<NodeId, Refusal> {
         let graph = self.graph;
-        let ends = match next {
-            Some(next) => vec![next],
+        let reached_from = |core: &Core| Flow::towards(self.content, &[core.mix]).reached_from(core.mix);
+        let ends: Vec<NodeId> = match next {
+            Some(next) => next.iter().map(|core| core.softmax).collect(),
             None => {
-                let reached = Flow::towards(self.content, &[core.mix]).reached_from(core.mix);
+                let reached: HashSet<NodeId> = group.iter().flat_map(reached_from).collect();
                 let ends = graph.outputs().iter().filter_map(|&output| graph.producer(output)).map(|(node, _)| node);
                 ends.filter(|end| reached.contains(end)).collect()
             }
         };
         let flow = Flow::towards(self.content, &ends);
-        let reached = flow.reached_from(core.mix);
-        let cut = flow.gates().into_iter().find(|gate| reached.contains(gate) && *gate != core.mix);
-        let cut = cut.filter(|cut| next != Some(*cut));
+        let reached: Vec<HashSet<NodeId>> = group.iter().map(|core| flow.reached_from(core.mix)).collect();
+        let behind = |gate: &NodeId| {
+            reached.iter().all(|reached| reached.contains(gate)) && !group.iter().any(|core| core.mix == *gate)
+        };
+        let cut = flow.gates().into_iter().find(behind).filter(|cut| next.is_none() || !ends.contains(cut));
         // Behind the last attention, features of several depths may be gathered: no single node has them all.
         let cut = match axes.filter(|_| next.is_none()) {
-            Some(axes) => cut.filter(|cut| is_stream(graph, axes, *cut)).or_else(|| self.join_after(core, axes)),
+            Some(axes) => cut.filter(|cut| is_stream(graph, axes, *cut)).or_else(|| self.join_after(&group[0], axes)),
             None => cut,
         };
         cut.ok_or_else(|| Refusal::Pinned {
-            node: graph.describe(core.softmax),
+            node: graph.describe(group[0].softmax),
             reason: "it is an attention after which the model has no single stream of tokens to regroup".into(),
         })
     }
@@ -337,16 +358,22 @@ impl Recogniser<'_> {
         })
     }
 
-    fn blocks(&self, cores: &[Core], axes: &Axes) -> Result<Vec<Block>, Refusal> {
-        let encoder: Vec<&Core> = cores.iter().filter(|core| is_block(core, axes, self.graph)).collect();
+    fn blocks(&self, groups: &[Group], axes: &Axes) -> Result<Vec<Block>, Refusal> {
+        let of_tokens = |group: &Group| -> Group {
+            group.iter().filter(|core| is_block(core, axes, self.graph)).cloned().collect()
+        };
+        let encoder: Vec<Group> = groups.iter().map(of_tokens).filter(|group| !group.is_empty()).collect();
         let mut blocks = Vec::with_capacity(encoder.len());
-        for (at, core) in encoder.iter().enumerate() {
-            let cut = self.cut_after(core, encoder.get(at + 1).map(|next| next.softmax), Some(axes))?;
-            let heads = self.heads_of(core, axes).ok_or_else(|| Refusal::Pinned {
-                node: self.graph.describe(core.softmax),
-                reason: "it is an attention whose number of heads is not known".into(),
-            })?;
-            blocks.push(Block { core: (*core).clone(), heads, cut });
+        for (at, group) in encoder.iter().enumerate() {
+            let cut = self.cut_after(group, encoder.get(at + 1), Some(axes))?;
+            let attention = |core: &Core| {
+                let heads = self.heads_of(core, axes).ok_or_else(|| Refusal::Pinned {
+                    node: self.graph.describe(core.softmax),
+                    reason: "it is an attention whose number of heads is not known".into(),
+                })?;
+                Ok(Attention { core: core.clone(), heads })
+            };
+            blocks.push(Block { attentions: group.iter().map(attention).collect::<Result<_, Refusal>>()?, cut });
         }
         Ok(blocks)
     }
@@ -359,15 +386,17 @@ impl Recogniser<'_> {
         }
         let value = if core.is_fused() { core.query(self.graph)? } else { node.output(0)? };
         let layout = axes.layout(value)?;
-        let outer = &layout.0[..layout.rank().checked_sub(2)?];
-        let extents = outer.iter().map(|axis| axis.plain_extent()).collect::<Option<Vec<_>>>()?;
+        // Scores have tokens along two axes; queries have channels beside the tokens.
+        let outer = if core.is_fused() { &layout.0[..layout.rank().checked_sub(2)?] } else { &layout.0[..] };
+        let outer = outer.iter().filter(|axis| !axis.has_tokens());
+        let extents = outer.map(|axis| axis.plain_extent()).collect::<Option<Vec<_>>>()?;
         usize::try_from(Expr::product(&extents)?.div_exact(axes.batch())?.as_known()?).ok()
     }
 
     fn heads(&self, axes: &Axes, blocks: &[Block], last: NodeId) -> Vec<Head> {
         let after = Flow::towards(self.content, &[last]).reached_from(last);
         let mut heads = Vec::new();
-        let softmaxes: HashSet<NodeId> = blocks.iter().map(|block| block.core.softmax).collect();
+        let softmaxes: HashSet<NodeId> = softmaxes(blocks).collect();
         for (node, effect) in axes.effects() {
             let head = match effect {
                 Effect::Pick { first, count } if after.contains(node) => Head::Pick { first: *first, count: *count },
@@ -398,8 +427,15 @@ fn is_stream(graph: &Graph, axes: &Axes, node: NodeId) -> bool {
 
 /// Nodes that content of any block's attention reaches.
 fn flow_after(content: &Content<'_>, blocks: &[Block]) -> HashSet<NodeId> {
-    let Some(first) = blocks.first() else { return HashSet::new() };
-    Flow::towards(content, &[first.core.softmax]).reached_from(first.core.softmax)
+    let first = blocks.first().map_or(&[][..], |block| &block.attentions);
+    let reached =
+        |attention: &Attention| Flow::towards(content, &[attention.core.softmax]).reached_from(attention.core.softmax);
+    first.iter().flat_map(reached).collect()
+}
+
+/// The softmaxes of all blocks.
+pub(crate) fn softmaxes(blocks: &[Block]) -> impl Iterator<Item = NodeId> {
+    blocks.iter().flat_map(|block| &block.attentions).map(|attention| attention.core.softmax)
 }
 
 /// Whether a core attends over the tokens, for every token.
