@@ -258,6 +258,7 @@ impl Recogniser<'_> {
             .ok_or_else(|| Refusal::NotAVit("the first attention reads no image".into()))?;
         let axes = self.tokens(origin, cores)?;
         let blocks = self.blocks(&groups, &axes)?;
+        self.check_cores(cores, &axes)?;
         let special = special::find(graph, self.shapes, &axes);
         let last = blocks.last().map(|block| block.cut).unwrap_or(first_cut);
         let mut restore_before = Vec::new();
@@ -275,6 +276,22 @@ impl Recogniser<'_> {
         let heads = self.heads(&axes, &blocks, last);
         let special = special.named(&heads);
         Ok(VitModel { revision: graph.revision(), shapes, axes, image, blocks, special, heads, restore_before })
+    }
+
+    /// Every attention that treats tokens as separate inputs attends within them: then they are frames or groups of
+    /// patches, not the patches that a ViT mixes.
+    fn check_cores(&self, cores: &[Core], axes: &Axes) -> Result<(), Refusal> {
+        let within = |core: &&Core| {
+            let attends = axes.effects_of(core.softmax).any(|effect| *effect == Effect::Attend);
+            !attends && self.graph.node(core.softmax).results().any(|value| axes.carries(value))
+        };
+        match cores.iter().find(within) {
+            None => Ok(()),
+            Some(core) => Err(Refusal::Pinned {
+                node: self.graph.describe(core.softmax),
+                reason: "it attends to what is inside each of the tokens of the first attention, or to channels".into(),
+            }),
+        }
     }
 
     /// The earliest node after a group of cores that all content passes on its way to the next group (or, after the last
@@ -348,7 +365,12 @@ impl Recogniser<'_> {
             let pin = axes.pins().next().map(|(node, reason)| (graph.describe(node), reason.to_owned()));
             failure = failure.or(pin);
         }
+        let grid = stream::is_grid(graph, self.shapes, origin, &cores[0]);
         Err(match failure {
+            _ if grid => Refusal::Pinned {
+                node: graph.producer(origin).map_or(String::new(), |(node, _)| graph.describe(node)),
+                reason: "it gives a residual stream with rows and columns of tokens on axes of their own".into(),
+            },
             Some((node, reason)) => Refusal::Pinned { node, reason },
             None => Refusal::NotAVit(format!(
                 "{} does not attend over an axis of '{}'",
@@ -365,7 +387,13 @@ impl Recogniser<'_> {
         let encoder: Vec<Group> = groups.iter().map(of_tokens).filter(|group| !group.is_empty()).collect();
         let mut blocks = Vec::with_capacity(encoder.len());
         for (at, group) in encoder.iter().enumerate() {
-            let cut = self.cut_after(group, encoder.get(at + 1), Some(axes))?;
+            let cut = match self.cut_after(group, encoder.get(at + 1), Some(axes)) {
+                // What follows runs on another stream: a decoder, or tokens among which others have come to stand. Tokens
+                // are not merged there, but merged ones are welcome.
+                Ok(cut) if !blocks.is_empty() && !is_stream(self.graph, axes, cut) => break,
+                Err(_) if !blocks.is_empty() && at + 1 == encoder.len() => break,
+                cut => cut?,
+            };
             let attention = |core: &Core| {
                 let heads = self.heads_of(core, axes).ok_or_else(|| Refusal::Pinned {
                     node: self.graph.describe(core.softmax),

@@ -35,3 +35,10 @@ pub(super) fn sources(graph: &Graph, shapes: &Shapes, origin: ValueId, core: &Co
     }
     Ok(sources)
 }
+
+/// Whether the tokens of `origin`, as many as `core` attends over, lie on a grid: along two axes.
+pub(super) fn is_grid(graph: &Graph, shapes: &Shapes, origin: ValueId, core: &Core) -> bool {
+    let dims = shapes.dims(origin).unwrap_or_default();
+    let tokens = core.keys(graph, shapes);
+    tokens.is_some() && dims.len() > 3 && dims.windows(2).any(|pair| pair[0].times(&pair[1]) == tokens)
+}

@@ -141,16 +141,11 @@ impl Context<'_> {
             }
             let here = layout.0[axis].extent(&self.source.tokens).ok_or("the token count cannot be followed")?;
             let count = here.as_known();
-            let start = starts[at].as_known().ok_or("it starts at a position that is not constant")?;
+            let given = starts[at].as_known().ok_or("it starts at a position that is not constant")?;
             let start = match count {
-                Some(count) => {
-                    if start < 0 {
-                        (start + count).max(0)
-                    } else {
-                        start.min(count)
-                    }
-                }
-                None => start,
+                Some(count) if given < 0 => (given + count).max(0),
+                Some(count) => given.min(count),
+                None => given,
             };
             // The end: all of it, a position from the front, or one from the back.
             let (to_end, from_front) = match ends[at].as_known() {
@@ -176,9 +171,14 @@ impl Context<'_> {
                         flow.effects.push(Effect::SliceEnd { slot: 2 });
                     }
                 }
-                (start, Some(left)) if left <= MAX_SPECIAL && (start < 0 || count.is_some()) => {
-                    let first = if start < 0 { start } else { start - count.unwrap_or(start) };
-                    flow.effects.extend(pick(span, first, -first - left));
+                // A start that is counted from the front names other tokens once there are fewer.
+                (start, Some(left)) if left <= MAX_SPECIAL && count.is_some_and(|_| given >= 0) => {
+                    let count = count.unwrap_or(start);
+                    flow.effects.extend(pick(span, start, count - left - start));
+                    out.0[axis] = Axis::plain(&dims[axis]);
+                }
+                (_, Some(left)) if left <= MAX_SPECIAL && given < 0 && (left == 0 || from_front.is_none()) => {
+                    flow.effects.extend(pick(span, given, -given - left));
                     out.0[axis] = Axis::plain(&dims[axis]);
                 }
                 (start @ 0.., None) => {
