@@ -72,14 +72,14 @@ impl Row {
         let text = |key: &str| facts[key].as_str().unwrap_or_default().to_owned();
         let model = Model::read(file)?;
         let inspection = Inspection::of(&model);
-        let refusal = match &inspection.reason {
+        let refusal = match &inspection.seen.reason {
             Some(reason) => Some(reason.clone()),
             None => try_merge(file, &model, work).err().map(|error| format!("{error:#}")),
         };
         Ok(Self {
             name: file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
             exporter: text("exporter").split(" (").next().unwrap_or_default().into(),
-            found: inspection.found,
+            found: inspection.seen.found,
             opset: model.opsets().standard(),
             windowed: facts["negative_for_tome"].as_bool().unwrap_or(false),
             refusal,

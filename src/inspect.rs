@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use vitrim_ir::Model;
-use vitrim_passes::driver;
-use vitrim_passes::recognise::{Head, Pin, VitModel};
+use vitrim_passes::recognise::{Head, Pin, Tower, VitModel};
+use vitrim_passes::{Refusal, driver};
 
 use crate::verify::print;
 use crate::verify::table::table;
@@ -17,6 +17,9 @@ use crate::verify::table::table;
 pub struct InspectArgs {
     /// The model
     pub model: PathBuf,
+    /// Show this tower only, of a model with several
+    #[arg(long, value_name = "NAME")]
+    pub tower: Option<String>,
     /// Print as JSON
     #[arg(long)]
     pub json: bool,
@@ -27,6 +30,17 @@ pub struct InspectArgs {
 pub struct Inspection {
     /// Version of this form.
     pub schema_version: u32,
+    /// What is seen; of several towers, the first whose tokens can be regrouped.
+    #[serde(flatten)]
+    pub seen: Seen,
+    /// What is seen of each tower, where the model has several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub towers: Vec<NamedTower>,
+}
+
+/// A Vision Transformer, or why there is none.
+#[derive(Clone, Debug, Serialize)]
+pub struct Seen {
     /// Whether a Vision Transformer was found whose tokens can be regrouped.
     pub vit: bool,
     /// Why not.
@@ -35,6 +49,16 @@ pub struct Inspection {
     /// What was found.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub found: Option<Found>,
+}
+
+/// One of several towers.
+#[derive(Clone, Debug, Serialize)]
+pub struct NamedTower {
+    /// What `--tower` calls it.
+    pub name: String,
+    /// What is seen of it.
+    #[serde(flatten)]
+    pub seen: Seen,
 }
 
 /// The Vision Transformer.
@@ -100,12 +124,48 @@ pub struct Prefix {
 impl Inspection {
     /// Inspects a model.
     pub fn of(model: &Model) -> Self {
-        match driver::inspect(model) {
-            Ok((model, vit)) => {
-                Self { schema_version: 1, vit: true, reason: None, found: Some(Found::of(&model, &vit)) }
+        let (seen, towers) = match driver::towers(model) {
+            Err(refusal) => (Seen::nothing(&refusal), Vec::new()),
+            Ok((model, towers)) => {
+                let named = |tower: &Tower| NamedTower { name: tower.name.clone(), seen: Seen::of(&model, tower) };
+                let towers: Vec<NamedTower> = towers.iter().map(named).collect();
+                let first = towers.iter().find(|tower| tower.seen.vit).unwrap_or(&towers[0]).seen.clone();
+                (first, if towers.len() > 1 { towers } else { Vec::new() })
             }
-            Err(refusal) => Self { schema_version: 1, vit: false, reason: Some(refusal.to_string()), found: None },
+        };
+        Self { schema_version: 1, seen, towers }
+    }
+
+    /// Inspects one tower of a model.
+    pub fn of_tower(model: &Model, name: &str) -> Result<Self, Refusal> {
+        let (model, towers) = driver::towers(model)?;
+        let seen = Seen::of(&model, Tower::named(&towers, name)?);
+        Ok(Self { schema_version: 1, seen, towers: Vec::new() })
+    }
+
+    fn text(&self) -> String {
+        let seen = |seen: &Seen| match (&seen.found, &seen.reason) {
+            (Some(found), _) => found.text(),
+            (None, reason) => reason.as_deref().unwrap_or("nothing found").to_owned() + "\n",
+        };
+        if self.towers.is_empty() {
+            return seen(&self.seen);
         }
+        let towers = self.towers.iter().map(|tower| format!("tower {}\n\n{}", tower.name, seen(&tower.seen)));
+        towers.collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Seen {
+    fn of(model: &Model, tower: &Tower) -> Self {
+        match &tower.found {
+            Ok(vit) => Self { vit: true, reason: None, found: Some(Found::of(model, vit)) },
+            Err(refusal) => Self::nothing(refusal),
+        }
+    }
+
+    fn nothing(refusal: &Refusal) -> Self {
+        Self { vit: false, reason: Some(refusal.to_string()), found: None }
     }
 }
 
@@ -171,12 +231,17 @@ impl Found {
 pub fn run(args: &InspectArgs) -> Result<ExitCode> {
     let model = Model::read(&args.model)?;
     model.verify().with_context(|| format!("'{}' is not a valid model", args.model.display()))?;
-    let inspection = Inspection::of(&model);
-    let code = if inspection.vit { ExitCode::SUCCESS } else { ExitCode::from(2) };
-    match (&inspection.found, &inspection.reason) {
-        _ if args.json => print(serde_json::to_string_pretty(&inspection)? + "\n")?,
-        (Some(found), _) => print(found.text())?,
-        (None, reason) => eprintln!("vitrim: {}", reason.as_deref().unwrap_or("nothing found")),
+    let file = args.model.display();
+    let inspection = match &args.tower {
+        Some(name) => Inspection::of_tower(&model, name).with_context(|| file.to_string())?,
+        None => Inspection::of(&model),
+    };
+    if args.json {
+        print(serde_json::to_string_pretty(&inspection)? + "\n")?;
+    } else if let (false, Some(reason)) = (inspection.seen.vit, &inspection.seen.reason) {
+        bail!("{file}: {reason}");
+    } else {
+        print(inspection.text())?;
     }
-    Ok(code)
+    Ok(if inspection.seen.vit { ExitCode::SUCCESS } else { ExitCode::from(2) })
 }

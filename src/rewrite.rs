@@ -8,7 +8,7 @@ use vitrim_ir::Model;
 use vitrim_passes::driver::{self, Options, Report};
 use vitrim_passes::merge::Metric;
 use vitrim_passes::recipe::{Align, MergeSpec, PassSpec, RSpec, Recipe};
-use vitrim_passes::schedule::Schedule;
+use vitrim_passes::schedule::{Schedule, Step};
 
 use crate::verify::print;
 use crate::verify::table::table;
@@ -35,6 +35,10 @@ pub struct MergeArgs {
     pub input: PathBuf,
     /// The model to write
     pub output: PathBuf,
+    /// Merge in this tower only, of a model with several (`vitrim inspect` names them) [default: in every one that allows
+    /// it]
+    #[arg(long, value_name = "NAME")]
+    pub tower: Option<String>,
     /// Tokens to merge per block: 8, 16:-1 (falling from 32 to 0), or 8,8,4,0 (per block)
     #[arg(short, long, value_name = "R", allow_negative_numbers = true, required_unless_present_any = ["ratio", "keep_tokens"], conflicts_with_all = ["ratio", "keep_tokens"])]
     pub r: Option<String>,
@@ -59,7 +63,7 @@ pub struct MergeArgs {
     /// What decides which tokens are alike
     #[arg(long, value_name = "WHAT", default_value = "key")]
     pub metric: MetricArg,
-    /// Add the output token_source: the final slot of every original token
+    /// Add the output token_source: the final slot of every original token (token_source/NAME for each of several towers)
     #[arg(long)]
     pub trace_source: bool,
     /// What to write.
@@ -119,6 +123,7 @@ impl MergeArgs {
         };
         let metric = Metric::from(self.metric);
         let spec = MergeSpec {
+            tower: self.tower.clone(),
             r,
             ratio: self.ratio,
             keep_tokens: self.keep_tokens.clone(),
@@ -152,7 +157,7 @@ fn run(input: &Path, output: &Path, recipe: &Recipe, args: &OutputArgs) -> Resul
     let model = Model::read(input)?;
     model.verify().with_context(|| format!("'{}' is not a valid model", input.display()))?;
     let options = Options { inline: args.inline, force: args.force, ..Options::default() };
-    let (rewritten, report) = driver::rewrite(&model, recipe, options)?;
+    let (rewritten, report) = driver::rewrite(&model, recipe, options).with_context(|| input.display().to_string())?;
     let verified = rewritten.verify().map_err(|violations| vitrim_passes::Refusal::Internal(violations.to_string()))?;
     Model::write(verified, output, input)?;
     if args.json {
@@ -182,13 +187,11 @@ fn is_same_file(a: &Path, b: &Path) -> bool {
 /// The closing report.
 fn text(report: &Report, output: &Path) -> String {
     let mut text = String::new();
-    if !report.steps.is_empty() {
-        let head = ["block", "tokens in", "merged", "tokens out"].map(str::to_owned).to_vec();
-        let rows = report.steps.iter().enumerate().map(|(block, step)| {
-            [block, step.before, step.removed, step.after()].map(|number| number.to_string()).to_vec()
-        });
-        text += &table(&std::iter::once(head).chain(rows).collect::<Vec<_>>());
-        text.push('\n');
+    if report.towers.is_empty() {
+        text += &steps_text(&report.steps);
+    }
+    for tower in &report.towers {
+        text += &format!("tower {}\n{}", tower.name, steps_text(&tower.steps));
     }
     text += &format!("nodes   {} -> {}\n", report.nodes_before, report.nodes_after);
     if let (Some(before), Some(after)) = (report.cost_before, report.cost_after) {
@@ -202,4 +205,16 @@ fn text(report: &Report, output: &Path) -> String {
     }
     text += &format!("written to {}\n", output.display());
     text
+}
+
+/// What each block does, as a table; nothing where that is known only at run time.
+fn steps_text(steps: &[Step]) -> String {
+    if steps.is_empty() {
+        return String::new();
+    }
+    let head = ["block", "tokens in", "merged", "tokens out"].map(str::to_owned).to_vec();
+    let rows = steps.iter().enumerate().map(|(block, step)| {
+        [block, step.before, step.removed, step.after()].map(|number| number.to_string()).to_vec()
+    });
+    table(&std::iter::once(head).chain(rows).collect::<Vec<_>>()) + "\n"
 }

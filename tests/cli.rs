@@ -1,6 +1,8 @@
 //! The command line as a user meets it: what the commands print and write, and what they exit with.
 
 mod common;
+#[path = "common/tiny.rs"]
+mod tiny;
 mod wire;
 
 use std::collections::BTreeSet;
@@ -13,7 +15,9 @@ use common::Folder;
 use serde_json::Value as Json;
 use vitrim::feeds::{self, FeedArgs};
 use vitrim::runtime::{self, RuntimeArgs};
-use vitrim_ir::{Attribute, DataType, Graph, Model, Patch, Tensor, TensorType};
+use vitrim::tensor::npz::write_npz;
+use vitrim::tensor::{self, NamedTensors};
+use vitrim_ir::{Attribute, DataType, Graph, GraphBuilder, Model, Patch, Tensor, TensorType};
 
 impl Folder {
     fn bytes(&self, name: &str) -> Vec<u8> {
@@ -24,6 +28,12 @@ impl Folder {
         let model = Model::read(&self.at(name)).unwrap_or_else(|error| panic!("{error}"));
         model.verify().unwrap_or_else(|violations| panic!("{name}: {violations}"));
         model
+    }
+
+    /// Writes a model that was built from scratch.
+    fn save(&self, name: &str, model: &Model) {
+        let verified = model.verify().unwrap_or_else(|violations| panic!("{name}: {violations}"));
+        Model::write(verified, &self.at(name), &self.at("no source.onnx")).expect("the folder can be written");
     }
 
     fn names(&self) -> BTreeSet<String> {
@@ -214,6 +224,124 @@ fn source_tokens_are_traced() {
     folder.prints(&["merge", &vit(), "traced.onnx", "-r", "4", "--trace-source"]);
     let report = folder.json(&["verify", "plain.onnx", "traced.onnx", "--atol", "0"]);
     assert_eq!((&report["passed"], &report["extra_outputs"][0]), (&true.into(), &"token_source".into()));
+}
+
+#[test]
+fn towers_are_shown_by_name() {
+    let folder = Folder::new();
+    folder.save("two.onnx", &tiny::siamese());
+    let json = folder.json(&["inspect", "two.onnx"]);
+    assert_eq!((&json["vit"], &json["num_blocks"], &json["num_tokens"]), (&true.into(), &2.into(), &16.into()));
+    let towers = json["towers"].as_array().expect("there are several");
+    assert_eq!(towers.iter().map(|tower| &tower["name"]).collect::<Vec<_>>(), ["left", "right"]);
+    assert!(towers.iter().all(|tower| tower["vit"] == true && tower["num_tokens"] == 16), "{json}");
+    let json = folder.json(&["inspect", "two.onnx", "--tower", "right"]);
+    assert!(json["cuts"][0].as_str().is_some_and(|cut| cut.contains("right/0")) && json["towers"].is_null(), "{json}");
+    let out = folder.prints(&["inspect", "two.onnx"]);
+    assert!(out.starts_with("tower left\n") && out.contains("\ntower right\n"), "{out}");
+    let told = folder.refuses(&["inspect", "two.onnx", "--tower", "middle"]);
+    assert_eq!(told, "vitrim: two.onnx: there is no tower 'middle': the model has 'left', 'right'\n");
+    // The only one has a name too, but need not be told from others.
+    let json = folder.json(&["inspect", &vit(), "--tower", "pixel_values"]);
+    assert!(json["vit"] == true && folder.json(&["inspect", &vit()])["towers"].is_null());
+}
+
+#[test]
+fn every_tower_is_merged_or_the_one_that_is_asked_for() {
+    let folder = Folder::new();
+    folder.save("two.onnx", &tiny::siamese());
+    let merge = |rest: &[&str]| folder.json(&[&["merge", "two.onnx", "out.onnx"][..], rest].concat());
+    let merged = |json: &Json| {
+        let towers = json["report"]["towers"].as_array().expect("there are several").clone();
+        towers.iter().map(|tower| tower["name"].as_str().expect("a name").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(merged(&merge(&["-r", "0"])), ["left", "right"]);
+    folder.prints(&["verify", "two.onnx", "out.onnx", "--atol", "0"]);
+    let both = merge(&["-r", "3", "--trace-source"]);
+    assert_eq!(merged(&both), ["left", "right"]);
+    let out = folder.model("out.onnx");
+    let outputs: Vec<&str> = out.graph().outputs().iter().map(|&output| out.graph().value(output).name()).collect();
+    assert_eq!(outputs, ["y", "token_source/left", "token_source/right"]);
+    folder.prints(&["verify", "two.onnx", "out.onnx", "--min-cosine", "0.9"]);
+    let one = merge(&["-r", "3", "--tower", "right"]);
+    assert_eq!((merged(&one), tokens(&one)), (vec!["right".to_owned()], vec![13, 10]));
+    let flops = |json: &Json| json["report"]["cost_after"]["flops"].as_u64().expect("extents are known");
+    assert!(flops(&both) < flops(&one));
+    folder.prints(&["verify", "two.onnx", "out.onnx", "--min-cosine", "0.9"]);
+    assert_eq!(folder.model("out.onnx").metadata("vitrim.tokens"), Some("right=13,10"));
+    folder.write("r.toml", folder.model("out.onnx").metadata("vitrim.recipe").expect("the recipe is recorded"));
+    folder.prints(&["rewrite", "two.onnx", "again.onnx", "--recipe", "r.toml"]);
+    assert!(folder.bytes("again.onnx") == folder.bytes("out.onnx"));
+    let quick = ["--rounds", "1", "--warm-up", "0", "--min-time", "0", "--floor"];
+    folder.prints(&[&["bench", "two.onnx", "out.onnx"][..], &quick].concat());
+    let out = folder.prints(&["merge", "two.onnx", "out.onnx", "-r", "3"]);
+    assert!(out.starts_with("tower left\nblock ") && out.contains("\ntower right\nblock "), "{out}");
+    let told = folder.refuses(&["merge", "two.onnx", "new.onnx", "-r", "3", "--tower", "middle"]);
+    assert_eq!(told, "vitrim: two.onnx: there is no tower 'middle': the model has 'left', 'right'\n");
+}
+
+/// Two images whose patches are alike in pairs, each pair unlike the others: merging such pairs changes nothing.
+fn pictures_of_pairs(inputs: &[&str]) -> Vec<u8> {
+    let mut tensors = NamedTensors::default();
+    for (number, name) in inputs.iter().enumerate() {
+        let shape = [2, 3, 16, 16];
+        let pixel = |at: usize| {
+            let (column, row, plane) = (at % 16 / 8, at / 16 % 16 / 4, at / 256);
+            ((column + 2 * row + 8 * plane + 48 * number) * 29 % 53) as f32 / 53.0 - 0.5
+        };
+        let pixels = (0..shape.iter().product()).map(pixel).collect();
+        tensors.push(*name, tensor::Tensor::from_vec::<f32>(&shape, pixels).expect("so many pixels"));
+    }
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    write_npz(&mut bytes, &tensors).expect("it can be written");
+    bytes.into_inner()
+}
+
+/// What two towers give for each of their tokens may meet in any way.
+#[test]
+fn towers_may_meet_token_by_token() {
+    let folder = Folder::new();
+    let turned = [("perm", Attribute::Ints(vec![0, 2, 1]))];
+    let ways: [fn(&mut GraphBuilder, [_; 2]) -> _; 4] = [
+        |graph, [a, b]| graph.op("Concat", "met", &[a, b], &[("axis", Attribute::Int(1))]),
+        |graph, [a, b]| graph.op("Concat", "met", &[a, b], &[("axis", Attribute::Int(2))]),
+        |graph, [a, b]| graph.op("Mul", "met", &[a, b], &[]),
+        |graph, [a, b]| graph.op("MatMul", "met", &[a, b], &[]),
+    ];
+    for (way, meet) in ways.into_iter().enumerate() {
+        for same_image in [false, true] {
+            let mut graph = GraphBuilder::new();
+            let left = tiny::image(&mut graph, "left");
+            let right = if same_image { left } else { tiny::image(&mut graph, "right") };
+            let a = tiny::tower(&mut graph, "a", left, 2);
+            let mut b = tiny::tower(&mut graph, "b", right, 2);
+            if way == 3 {
+                b = graph.op("Transpose", "turned", &[b], &turned);
+            }
+            let y = meet(&mut graph, [a, b]);
+            folder.save("two.onnx", &tiny::model(graph, y));
+            folder.write("pairs.npz", pictures_of_pairs(if same_image { &["left"] } else { &["left", "right"] }));
+            for r in ["4,0", "0,4"] {
+                let json = folder.json(&["merge", "two.onnx", "out.onnx", "-r", r]);
+                assert_eq!(json["report"]["towers"].as_array().map(Vec::len), Some(2), "way {way}: {json}");
+                folder.prints(&["verify", "two.onnx", "out.onnx", "--input", "pairs.npz", "--rtol", "1e-5"]);
+            }
+        }
+    }
+}
+
+#[test]
+fn refusals_name_the_file() {
+    let folder = Folder::new();
+    let swin = zoo("timm_swin_ts17");
+    for command in [&["inspect", &swin][..], &["merge", &swin, "out.onnx", "-r", "4"]] {
+        let told = folder.refuses(command);
+        assert!(told.starts_with(&format!("vitrim: {swin}: the tokens cannot be regrouped: ")), "{told}");
+    }
+    let told = folder.refuses(&["merge", &vit(), "out.onnx", "-r", "4,4,4,4,4"]);
+    assert_eq!(told, format!("vitrim: {}: r names 5 blocks, the model has 4\n", vit()));
+    let told = folder.refuses(&["merge", &vit(), "out.onnx", "--keep-tokens", "60,60,60,60,60"]);
+    assert_eq!(told, format!("vitrim: {}: keep_tokens names 5 blocks, the model has 4\n", vit()));
 }
 
 #[test]

@@ -7,7 +7,8 @@ use vitrim::runtime::{Backend, Feeds, Outputs};
 use vitrim_ir::{Model, Patch, Tensor};
 use vitrim_passes::driver;
 use vitrim_passes::probe::permuted;
-use vitrim_passes::recognise::{VitModel, recognise};
+use vitrim_passes::recipe::MergeSpec;
+use vitrim_passes::recognise::{Tower, VitModel, recognise};
 
 /// Permuting tokens changes the order in which attention adds them up, in every block: float32 roundings of 6e-8, and
 /// what a few blocks make of them.
@@ -59,16 +60,17 @@ fn recognised_models_do_not_depend_on_the_order_of_tokens() {
     let backend = ort();
     let (mut count, mut failures) = (0, Vec::new());
     for entry in zoo() {
-        let Ok((model, vit)) = driver::inspect(&entry.read()) else { continue };
-        // What a pass refuses on other grounds (a head that reads patches by position) is not claimed to be indifferent.
-        if vit.tokens().as_known().is_none() || merge(&entry.read(), constant(1)).is_err() {
-            continue;
-        }
+        let Ok((model, towers)) = driver::towers(&entry.read()) else { continue };
         let tolerance = if entry.is_coarse(&model) { COARSE_TOLERANCE } else { TOLERANCE };
-        let feeds = feeds(backend.as_ref(), &entry);
-        for block in [0, vit.blocks.len() - 1] {
+        // What a pass refuses on other grounds (a head that reads patches by position) is not claimed to be indifferent.
+        let merges =
+            |tower: &Tower| merge(&entry.read(), MergeSpec { tower: Some(tower.name.clone()), ..constant(1) }).is_ok();
+        let vits = towers.iter().filter(|tower| merges(tower)).filter_map(|tower| tower.found.as_ref().ok());
+        let vits: Vec<&VitModel> = vits.filter(|vit| vit.tokens().as_known().is_some()).collect();
+        let feeds = if vits.is_empty() { Vec::new() } else { feeds(backend.as_ref(), &entry) };
+        for (vit, block) in vits.iter().flat_map(|vit| [0, vit.blocks.len() - 1].map(|block| (*vit, block))) {
             count += 1;
-            let probed = permuted(&model, &vit, block).map_err(|refusal| refusal.to_string());
+            let probed = permuted(&model, vit, block).map_err(|refusal| refusal.to_string());
             let result = probed.and_then(|probed| apart(backend.as_ref(), &scratch, &entry, [&model, &probed], &feeds));
             match result {
                 Ok(apart) if apart <= tolerance => {}

@@ -170,7 +170,8 @@ fn merged_twins_only(source: &Tensor, prefix: usize, patches: usize) -> bool {
 /// What the twin-token test finds on one model: `None` where it does not apply.
 fn examine(entry: &Entry, scratch: &Scratch) -> Option<Result<(), String>> {
     let backend = ort();
-    let (model, vit) = driver::inspect(&entry.read()).ok()?;
+    let (model, towers) = driver::towers(&entry.read()).ok()?;
+    let (name, vit) = towers.into_iter().find_map(|tower| Some((tower.name, tower.found.ok()?)))?;
     let tokens = vit.tokens().as_known()? as usize;
     // Half precision and int8 are too coarse to tell a wrong weight from a rounding.
     if entry.is_coarse(&model) {
@@ -181,6 +182,7 @@ fn examine(entry: &Entry, scratch: &Scratch) -> Option<Result<(), String>> {
     let r = (0..patches).filter(|&patch| twins(patch, patches).is_some()).count() / 2;
     let merged = |model: &Model, proportional: bool| {
         let spec = MergeSpec {
+            tower: Some(name.clone()),
             r: Some(RSpec::PerBlock(vec![r])),
             proportional: Some(proportional),
             trace_source: true,
@@ -218,7 +220,8 @@ fn examine(entry: &Entry, scratch: &Scratch) -> Option<Result<(), String>> {
     };
     let check = || {
         let proportional = outputs(true)?;
-        let source = proportional.get(SOURCE_OUTPUT).expect("the source is traced");
+        let (_, source) =
+            (proportional.iter().find(|(output, _)| output.starts_with(SOURCE_OUTPUT))).expect("the source is traced");
         if !merged_twins_only(source, prefix, patches) {
             return Err("other tokens than twins merged".into());
         }

@@ -1,6 +1,8 @@
 //! The driver: the one door through which models change. Passes propose, the driver applies, validates after each, and
 //! records in the file what was done.
 
+use std::borrow::Cow;
+
 use serde::Serialize;
 use vitrim_ir::{
     DataType, InlineError, LIFTED, LiftError, Model, Patch, PatchError, canonicalise, inline_functions, lift_opset,
@@ -9,16 +11,16 @@ use vitrim_ops::DOMAIN;
 
 use crate::Refusal;
 use crate::cost::{Cost, cost};
-use crate::merge::{Merge, Reduction};
-use crate::recipe::{PassSpec, Recipe};
-use crate::recognise::{VitModel, recognise};
+use crate::merge::{Merge, Reduction, SOURCE_OUTPUT};
+use crate::recipe::{MergeSpec, PassSpec, Recipe};
+use crate::recognise::{self, Tower, VitModel};
 use crate::schedule::Step;
 
 /// Key of the recipe in a model's `metadata_props`.
 pub const RECIPE_KEY: &str = "vitrim.recipe";
 /// Key of the version that wrote the file.
 pub const VERSION_KEY: &str = "vitrim.version";
-/// Key of the tokens that leave each block.
+/// Key of the tokens that leave each block: `61,57,53`, or `left=61,57,53;right=61,57,53` in a model with several towers.
 pub const TOKENS_KEY: &str = "vitrim.tokens";
 
 /// The newest version of the standard operator set whose operators the rules of the analysis, and the bodies of our
@@ -47,8 +49,12 @@ pub struct Options {
 /// What was done.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
-    /// What each block does to the token count; empty where it is known only at run time.
+    /// What each block does to the token count; empty where it is known only at run time. Of several towers, this is
+    /// the first that was rewritten.
     pub steps: Vec<Step>,
+    /// What was done to each tower; empty where the model has only one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub towers: Vec<TowerReport>,
     /// Nodes before.
     pub nodes_before: usize,
     /// Nodes after; calls of our operators count as one unless inlined.
@@ -59,6 +65,15 @@ pub struct Report {
     pub cost_after: Option<Cost>,
     /// What the user should know.
     pub notes: Vec<String>,
+}
+
+/// What was done to one of several towers.
+#[derive(Clone, Debug, Serialize)]
+pub struct TowerReport {
+    /// Its name.
+    pub name: String,
+    /// What each of its blocks does to the token count; empty where it is known only at run time.
+    pub steps: Vec<Step>,
 }
 
 /// A model that is ready to be analysed: local functions of others inlined, its operators those of a version that bodies
@@ -93,40 +108,131 @@ pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Mode
             "this model was rewritten before (by vitrim {version}); rewrite the original, or pass --force"
         )));
     }
-    let (mut model, notes) = prepare(model)?;
-    let mut report = Report { notes, nodes_before: model.graph().len(), ..Report::default() };
-    let mut changed = false;
-    for spec in &recipe.passes {
-        let vit = recognise(&model)?;
-        let PassSpec::Merge(spec) = spec;
-        let half = vit.shapes.dtype(vit.axes.origin()) == Some(DataType::F16);
-        let merge = Merge { reduction: options.reduction, ..spec.resolve(vit.tokens().as_known(), half)? };
-        let proposal = merge.propose(&model, &vit)?;
-        report.cost_before = report.cost_before.or_else(|| cost(&model, &vit, &[]));
-        report.cost_after = cost(&model, &vit, &proposal.steps);
-        changed |= !proposal.patch.is_empty();
-        report.steps = proposal.steps;
-        report.notes.extend(proposal.notes);
-        model = apply(&model, proposal.patch)?;
+    let (original, notes) = prepare(model)?;
+    let towers = recognise::towers(&original)?;
+    let cost_before = towers.iter().find_map(|tower| cost(&original, tower.found.as_ref().ok()?, &[]));
+    let nodes_before = original.graph().len();
+    let report = Report { notes, nodes_before, cost_before, cost_after: cost_before, ..Report::default() };
+    let (original, towers) = (&original, towers.as_slice());
+    let mut rewrite = Rewrite { original, towers, model: original.clone(), options, report, changed: false };
+    for PassSpec::Merge(spec) in &recipe.passes {
+        rewrite.merge(spec)?;
     }
-    if changed {
-        let mut provenance = Patch::new(&model, "provenance");
-        provenance.metadata(VERSION_KEY, env!("CARGO_PKG_VERSION").into());
-        provenance.metadata(RECIPE_KEY, recipe.to_toml());
-        let counts: Vec<String> = report.steps.iter().map(|step| step.after().to_string()).collect();
-        if !counts.is_empty() {
-            provenance.metadata(TOKENS_KEY, counts.join(","));
+    rewrite.finish(recipe)
+}
+
+/// A rewrite under way.
+struct Rewrite<'a> {
+    original: &'a Model,
+    /// The towers of the original.
+    towers: &'a [Tower],
+    model: Model,
+    options: Options,
+    report: Report,
+    changed: bool,
+}
+
+impl<'a> Rewrite<'a> {
+    /// Merges in the tower that the pass names, or in every tower that allows it, one after the other.
+    fn merge(&mut self, spec: &MergeSpec) -> Result<(), Refusal> {
+        if let Some(name) = &spec.tower {
+            return self.merge_tower(Tower::named(self.towers, name)?, spec);
         }
-        model = apply(&model, provenance)?;
+        let mut refused = Vec::new();
+        for tower in self.towers {
+            match self.merge_tower(tower, spec) {
+                Err(Refusal::Internal(reason)) => return Err(Refusal::Internal(reason)),
+                Err(refusal) => refused.push((&tower.name, refusal)),
+                Ok(()) => {}
+            }
+        }
+        if refused.len() == self.towers.len() {
+            return Err(refused.swap_remove(0).1);
+        }
+        let note = |(name, refusal): &(&String, Refusal)| format!("the tower '{name}' is left as it is: {refusal}");
+        self.report.notes.extend(refused.iter().map(note));
+        Ok(())
     }
-    if options.inline {
-        inline_functions(&mut model, |_| true).map_err(|error| Refusal::Request(error.to_string()))?;
+
+    fn merge_tower(&mut self, tower: &'a Tower, spec: &MergeSpec) -> Result<(), Refusal> {
+        let several = self.towers.len() > 1;
+        let vit = self.current(tower)?;
+        let half = vit.shapes.dtype(vit.axes.origin()) == Some(DataType::F16);
+        let mut merge = Merge { reduction: self.options.reduction, ..spec.resolve(vit.tokens().as_known(), half)? };
+        if several {
+            merge.trace_source = merge.trace_source.map(|_| format!("{SOURCE_OUTPUT}/{}", tower.name));
+        }
+        let proposal = merge.propose(&self.model, &vit)?;
+        self.changed |= !proposal.patch.is_empty();
+        self.model = apply(&self.model, proposal.patch)?;
+        let saved = tower.found.as_ref().ok().and_then(|vit| {
+            let flops = |steps| Some(cost(self.original, vit, steps)?.flops);
+            flops(&[])?.checked_sub(flops(&proposal.steps)?)
+        });
+        let report = &mut self.report;
+        report.cost_after =
+            report.cost_after.zip(saved).map(|(cost, saved)| Cost { flops: cost.flops.saturating_sub(saved) });
+        let of = if several { format!("the tower '{}': ", tower.name) } else { String::new() };
+        report.notes.extend(proposal.notes.iter().map(|note| format!("{of}{note}")));
+        if several {
+            report.towers.push(TowerReport { name: tower.name.clone(), steps: proposal.steps.clone() });
+        }
+        if report.steps.is_empty() {
+            report.steps = proposal.steps;
+        }
+        Ok(())
     }
-    if changed && !model.functions().is_empty() && model.require_ir_version(FUNCTIONS_SINCE) > 0 {
-        report.notes.push("weights are no graph inputs any more: the format has them apart since IR version 4".into());
+
+    /// What is recognised of a tower by now. Towers may meet behind their last blocks, so what is known of one holds
+    /// only until another is rewritten.
+    fn current(&self, tower: &'a Tower) -> Result<Cow<'a, VitModel>, Refusal> {
+        if self.model.graph().revision() == self.original.graph().revision() {
+            return tower.found.as_ref().map(Cow::Borrowed).map_err(Refusal::clone);
+        }
+        let mut towers = recognise::towers(&self.model)?.into_iter();
+        let same = towers.find(|other| other.attention == tower.attention);
+        same.ok_or_else(|| Refusal::Internal(format!("the tower '{}' is gone", tower.name)))?.found.map(Cow::Owned)
     }
-    report.nodes_after = model.graph().len();
-    Ok((model, report))
+
+    /// Records what was done, and writes bodies out if that is asked for.
+    fn finish(self, recipe: &Recipe) -> Result<(Model, Report), Refusal> {
+        let Self { mut model, options, mut report, changed, .. } = self;
+        if changed {
+            let mut provenance = Patch::new(&model, "provenance");
+            provenance.metadata(VERSION_KEY, env!("CARGO_PKG_VERSION").into());
+            provenance.metadata(RECIPE_KEY, recipe.to_toml());
+            if let Some(tokens) = report.tokens() {
+                provenance.metadata(TOKENS_KEY, tokens);
+            }
+            model = apply(&model, provenance)?;
+        }
+        if options.inline {
+            inline_functions(&mut model, |_| true).map_err(|error| Refusal::Request(error.to_string()))?;
+        }
+        if changed && !model.functions().is_empty() && model.require_ir_version(FUNCTIONS_SINCE) > 0 {
+            report
+                .notes
+                .push("weights are no graph inputs any more: the format has them apart since IR version 4".into());
+        }
+        report.nodes_after = model.graph().len();
+        Ok((model, report))
+    }
+}
+
+impl Report {
+    /// The tokens that leave each block, as metadata states them.
+    fn tokens(&self) -> Option<String> {
+        let counts = |steps: &[Step]| {
+            let counts: Vec<String> = steps.iter().map(|step| step.after().to_string()).collect();
+            (!counts.is_empty()).then(|| counts.join(","))
+        };
+        if self.towers.is_empty() {
+            return counts(&self.steps);
+        }
+        let of_tower = |tower: &TowerReport| Some(format!("{}={}", tower.name, counts(&tower.steps)?));
+        let towers: Vec<String> = self.towers.iter().filter_map(of_tower).collect();
+        (!towers.is_empty()).then(|| towers.join(";"))
+    }
 }
 
 /// Applies one patch and validates the result. A failure here is a defect of the pass, not of the user's model.
@@ -136,9 +242,16 @@ fn apply(model: &Model, patch: Patch) -> Result<Model, Refusal> {
     Ok(edited)
 }
 
-/// Recognises without rewriting.
+/// Recognises without rewriting; of several towers it is the first that can be rewritten.
 pub fn inspect(model: &Model) -> Result<(Model, VitModel), Refusal> {
     let (model, _) = prepare(model)?;
-    let vit = recognise(&model)?;
+    let vit = recognise::recognise(&model)?;
     Ok((model, vit))
+}
+
+/// Recognises all towers without rewriting.
+pub fn towers(model: &Model) -> Result<(Model, Vec<Tower>), Refusal> {
+    let (model, _) = prepare(model)?;
+    let towers = recognise::towers(&model)?;
+    Ok((model, towers))
 }

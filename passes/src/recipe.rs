@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Refusal;
-use crate::merge::{Merge, Metric};
+use crate::merge::{Merge, Metric, SOURCE_OUTPUT};
 use crate::schedule::Schedule;
 
 /// Passes in order.
@@ -27,6 +27,9 @@ pub enum PassSpec {
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MergeSpec {
+    /// Which tower of a model with several; every one that allows it where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tower: Option<String>,
     /// `8`, `"16:-1"` or `[8, 8, 4]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub r: Option<RSpec>,
@@ -51,7 +54,7 @@ pub struct MergeSpec {
     /// What decides which tokens are alike.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metric: Option<Metric>,
-    /// Whether to add the output `token_source`.
+    /// Whether to add the output `token_source`; `token_source/NAME` for each tower of a model with several.
     #[serde(default, skip_serializing_if = "is_false")]
     pub trace_source: bool,
 }
@@ -173,7 +176,7 @@ impl MergeSpec {
             proportional: self.proportional.unwrap_or(true),
             plain_pooling: self.plain_pooling,
             metric: self.metric.unwrap_or_default(),
-            trace_source: self.trace_source,
+            trace_source: self.trace_source.then(|| SOURCE_OUTPUT.to_owned()),
             ..Merge::new(schedule)
         })
     }

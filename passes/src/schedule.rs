@@ -78,6 +78,19 @@ impl Step {
 }
 
 impl Schedule {
+    /// Refuses lists that say something of more blocks than there are.
+    pub fn check(&self, depth: usize) -> Result<(), Refusal> {
+        let (what, named) = match self {
+            Self::PerBlock(rs) => ("r", rs.len()),
+            Self::Keep(kept) => ("keep_tokens", kept.len()),
+            Self::Constant(_) | Self::Inflection(..) | Self::Ratio(_) => return Ok(()),
+        };
+        if named > depth {
+            return Err(Refusal::Request(format!("{what} names {named} blocks, the model has {depth}")));
+        }
+        Ok(())
+    }
+
     /// What the schedule asks of each of `depth` blocks, as a number of tokens; `None` for schedules that depend on
     /// the token count.
     pub fn requested(&self, depth: usize) -> Option<Vec<usize>> {
@@ -176,6 +189,16 @@ mod tests {
         assert_eq!(steps.iter().map(Step::after).collect::<Vec<_>>(), [180, 160, 160]);
         let error = Schedule::Keep(vec![50]).steps(1, 197, 1, 1).unwrap_err().to_string();
         assert!(error.contains("block 0 cannot keep 50 of 197"), "{error}");
+    }
+
+    #[test]
+    fn lists_name_no_more_blocks_than_there_are() {
+        assert!("8,8,4".parse::<Schedule>().unwrap().check(3).is_ok());
+        let error = "8,8,4,0".parse::<Schedule>().unwrap().check(3).unwrap_err().to_string();
+        assert_eq!(error, "r names 4 blocks, the model has 3");
+        let error = Schedule::Keep(vec![9, 8]).check(1).unwrap_err().to_string();
+        assert_eq!(error, "keep_tokens names 2 blocks, the model has 1");
+        assert!(Schedule::Constant(8).check(0).is_ok());
     }
 
     #[test]

@@ -1,8 +1,12 @@
 //! The merge pass: what it writes, and what it refuses.
 
+#[path = "../../tests/common/tiny.rs"]
+mod tiny;
+
 use std::fs;
 use std::path::Path;
 
+use tiny::{TOKENS, WIDTH, mean};
 use vitrim_ir::{
     Attribute, DataType, DimSpec, GraphBuilder, Model, OpType, Patch, Tensor, TensorType, ValueId, print_graph,
 };
@@ -82,26 +86,13 @@ fn a_rewritten_model_is_refused() {
     assert!(reason.contains("was rewritten before"), "{reason}");
 }
 
-const TOKENS: usize = 16;
-const WIDTH: usize = 8;
-
-/// A one-block, one-head ViT without norms or MLP, with what `after` makes of its stream as output.
+/// A model of one block, with what `after` makes of its stream as output.
 fn tiny(after: impl Fn(&mut GraphBuilder, ValueId) -> ValueId) -> Model {
-    with_attention(after, |graph, x| {
-        let project = |graph: &mut GraphBuilder, name: &str| {
-            let weight = graph.initializer(name, Tensor::f32s(&[WIDTH, WIDTH], &noise(WIDTH * WIDTH)));
-            let y = graph.op("MatMul", &format!("{name}/flat"), &[x, weight], &[]);
-            let axis = graph.initializer(&format!("{name}/axis"), Tensor::shape(&[1]));
-            graph.op("Unsqueeze", &format!("{name}/heads"), &[y, axis], &[])
-        };
-        let [q, k, v] = ["q", "k", "v"].map(|name| project(graph, name));
-        let k = graph.op("Transpose", "k/transposed", &[k], &[("perm", Attribute::Ints(vec![0, 1, 3, 2]))]);
-        let scores = graph.op("MatMul", "scores", &[q, k], &[]);
-        let weights = graph.op("Softmax", "weights", &[scores], &[("axis", Attribute::Int(-1))]);
-        let mixed = graph.op("MatMul", "mixed", &[weights, v], &[]);
-        let axis = graph.initializer("head_axis", Tensor::shape(&[1]));
-        graph.op("Squeeze", "joined", &[mixed, axis], &[])
-    })
+    let mut graph = GraphBuilder::new();
+    let image = tiny::image(&mut graph, "image");
+    let stream = tiny::tower(&mut graph, "vit", image, 1);
+    let y = after(&mut graph, stream);
+    tiny::model(graph, y)
 }
 
 fn noise(n: usize) -> Vec<f32> {
@@ -113,27 +104,14 @@ fn with_attention(
     after: impl Fn(&mut GraphBuilder, ValueId) -> ValueId,
     attention: impl Fn(&mut GraphBuilder, ValueId) -> ValueId,
 ) -> Model {
-    let dims = |dims: &[i64]| {
-        let named = std::iter::once(DimSpec::Named("batch".into()));
-        TensorType { dtype: DataType::F32, dims: Some(named.chain(dims.iter().map(|&n| DimSpec::Known(n))).collect()) }
-    };
     let mut graph = GraphBuilder::new();
-    let image = graph.input("image", Some(&dims(&[3, 16, 16])));
-    let kernel = graph.initializer("kernel", Tensor::f32s(&[WIDTH, 3, 4, 4], &noise(WIDTH * 48)));
-    let patches = graph.op("Conv", "patches", &[image, kernel], &[("strides", Attribute::Ints(vec![4, 4]))]);
-    let shape = graph.initializer("shape", Tensor::shape(&[0, WIDTH as i64, -1]));
-    let flat = graph.op("Reshape", "flat", &[patches, shape], &[]);
-    let x = graph.op("Transpose", "tokens", &[flat], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
+    let image = tiny::image(&mut graph, "image");
+    let x = tiny::tokens(&mut graph, "vit", image);
     let mixed = attention(&mut graph, x);
     let stream = graph.op("Add", "stream", &[x, mixed], &[]);
     let out = after(&mut graph, stream);
     graph.output("y", out, None);
     graph.into_model(8, &[("", 17), ("com.microsoft", 1)], Vec::new())
-}
-
-/// The mean over tokens of a stream.
-fn mean(graph: &mut GraphBuilder, x: ValueId) -> ValueId {
-    graph.op("ReduceMean", "mean", &[x], &[("axes", Attribute::Ints(vec![1])), ("keepdims", Attribute::Int(0))])
 }
 
 #[test]
@@ -297,4 +275,93 @@ fn attention_without_an_image_is_no_vit() {
     graph.output("y", mixed, None);
     let reason = refusal(&graph.into_model(8, &[("", 17)], Vec::new()), "r = 1");
     assert!(reason.starts_with("no vision transformer found: "), "{reason}");
+}
+
+/// What rewriting with the keys given does to each tower, and what is noted.
+fn towers(model: &Model, keys: &str) -> (Vec<(String, Vec<usize>)>, Vec<String>) {
+    let recipe = Recipe::parse(&format!("[[pass]]\nkind = \"merge\"\n{keys}")).unwrap();
+    let (_, report) = driver::rewrite(model, &recipe, Options::default()).unwrap();
+    let left = |tower: &driver::TowerReport| tower.steps.iter().map(|step| step.after()).collect();
+    (report.towers.iter().map(|tower| (tower.name.clone(), left(tower))).collect(), report.notes)
+}
+
+#[test]
+fn every_tower_is_merged_or_the_one_that_is_named() {
+    let model = tiny::siamese();
+    let [left, right] = ["left", "right"].map(str::to_owned);
+    assert_eq!(towers(&model, "r = 2").0, [(left, vec![14, 12]), (right.clone(), vec![14, 12])]);
+    assert_eq!(towers(&model, "r = 2\ntower = \"right\"").0, [(right, vec![14, 12])]);
+    let (both, one) = (merge(&model, "r = 2").unwrap(), merge(&model, "r = 2\ntower = \"right\"").unwrap());
+    assert_eq!((count(&both, "TokenMerge"), count(&one, "TokenMerge")), (4, 2));
+    assert_eq!(both.metadata("vitrim.tokens"), Some("left=14,12;right=14,12"));
+    assert_eq!(one.metadata("vitrim.tokens"), Some("right=14,12"));
+    assert_eq!(
+        refusal(&model, "r = 2\ntower = \"middle\""),
+        "there is no tower 'middle': the model has 'left', 'right'"
+    );
+    // One tower after the other, each in its own way.
+    let passes = "r = 2\ntower = \"right\"\n[[pass]]\nkind = \"merge\"\nr = [1, 4]\ntower = \"left\"";
+    assert_eq!(merge(&model, passes).unwrap().metadata("vitrim.tokens"), Some("right=14,12;left=15,11"));
+}
+
+#[test]
+fn towers_that_read_one_image_are_numbered() {
+    let mut graph = GraphBuilder::new();
+    let image = tiny::image(&mut graph, "image");
+    let streams = ["a", "b"].map(|name| tiny::tower(&mut graph, name, image, 1));
+    let y = tiny::sum_of_means(&mut graph, streams);
+    let (merged, _) = towers(&tiny::model(graph, y), "r = 2");
+    assert_eq!(merged, [("image#1".to_owned(), vec![14]), ("image#2".to_owned(), vec![14])]);
+}
+
+#[test]
+fn towers_on_the_same_tokens_are_apart() {
+    let mut graph = GraphBuilder::new();
+    let image = tiny::image(&mut graph, "image");
+    let tokens = tiny::tokens(&mut graph, "tokens", image);
+    let streams = ["a", "b"].map(|name| tiny::block(&mut graph, name, tokens));
+    let y = tiny::sum_of_means(&mut graph, streams);
+    let (merged, notes) = towers(&tiny::model(graph, y), "r = 2");
+    assert_eq!(merged, [("image#1".to_owned(), vec![14]), ("image#2".to_owned(), vec![14])], "{notes:?}");
+}
+
+#[test]
+fn tokens_of_two_towers_in_one_output_are_restored() {
+    let mut graph = GraphBuilder::new();
+    let images = ["left", "right"].map(|name| tiny::image(&mut graph, name));
+    let streams = [("a", images[0]), ("b", images[1])].map(|(name, image)| tiny::tower(&mut graph, name, image, 1));
+    let y = graph.op("Concat", "all", &streams, &[("axis", Attribute::Int(1))]);
+    let model = tiny::model(graph, y);
+    assert_eq!(count(&merge(&model, "r = 2").unwrap(), "TokenRestore"), 2);
+}
+
+#[test]
+fn a_tower_that_cannot_be_merged_is_left_and_named() {
+    let mut graph = GraphBuilder::new();
+    let images = ["left", "right"].map(|name| tiny::image(&mut graph, name));
+    let left = tiny::tower(&mut graph, "left", images[0], 2);
+    // Between its blocks the tokens change places, which nothing is known of.
+    let right = tiny::tower(&mut graph, "right", images[1], 1);
+    let places = graph.initializer("places", Tensor::shape(&(0..TOKENS as i64).rev().collect::<Vec<_>>()));
+    let right = graph.op("Gather", "turned", &[right, places], &[("axis", Attribute::Int(1))]);
+    let right = tiny::block(&mut graph, "right/1", right);
+    let y = tiny::sum_of_means(&mut graph, [left, right]);
+    let model = tiny::model(graph, y);
+    let (merged, notes) = towers(&model, "r = 2");
+    assert_eq!(merged, [("left".to_owned(), vec![14, 12])]);
+    let [note] = notes.as_slice() else { panic!("{notes:?}") };
+    assert!(note.starts_with("the tower 'right' is left as it is: the tokens cannot be regrouped: "), "{note}");
+    assert!(refusal(&model, "r = 2\ntower = \"right\"").starts_with("the tokens cannot be regrouped: "));
+    // What fits neither is refused.
+    assert_eq!(refusal(&model, "r = [1, 1, 1]"), "r names 3 blocks, the model has 2");
+}
+
+#[test]
+fn a_crowd_of_attentions_is_no_vit() {
+    let mut graph = GraphBuilder::new();
+    let image = tiny::image(&mut graph, "image");
+    let streams: Vec<ValueId> = (0..65).map(|number| tiny::tower(&mut graph, &format!("{number}"), image, 1)).collect();
+    let y = graph.op("Sum", "sum", &streams, &[]);
+    let reason = refusal(&tiny::model(graph, y), "r = 1");
+    assert_eq!(reason, "no vision transformer found: 65 attentions read images and have nothing to do with each other");
 }

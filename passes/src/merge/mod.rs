@@ -75,8 +75,8 @@ pub struct Merge {
     pub plain_pooling: bool,
     /// What decides which tokens are alike.
     pub metric: Metric,
-    /// Whether to add the output `token_source`.
-    pub trace_source: bool,
+    /// Name of an output to add, if any: `[batch, tokens]` int64, the final slot of every original token.
+    pub trace_source: Option<String>,
     /// How tokens are removed.
     pub reduction: Reduction,
 }
@@ -91,13 +91,13 @@ impl Merge {
             proportional: true,
             plain_pooling: false,
             metric: Metric::Key,
-            trace_source: false,
+            trace_source: None,
             reduction: Reduction::Merge,
         }
     }
 }
 
-/// Name of the output that `trace_source` adds: `[batch, tokens]` int64, the final slot of every original token.
+/// The usual name of the output that tells where tokens went.
 pub const SOURCE_OUTPUT: &str = "token_source";
 
 /// A patch with what it does to each block.
@@ -115,6 +115,7 @@ impl Merge {
     /// Proposes the edits that merge tokens in a recognised model.
     pub fn propose(&self, model: &Model, vit: &VitModel) -> Result<Proposal, Refusal> {
         let depth = vit.blocks.len();
+        self.schedule.check(depth)?;
         let protect = self.protect.unwrap_or(vit.special.prefix());
         let suffix = vit.special.suffix;
         let mut notes = Vec::new();
@@ -151,7 +152,7 @@ impl Merge {
             }
         };
         let opset = model.opsets().standard();
-        if opset < vitrim_ops::MIN_OPSET && (self.trace_source || removed.iter().any(|&r| r > 0)) {
+        if opset < vitrim_ops::MIN_OPSET && (self.trace_source.is_some() || removed.iter().any(|&r| r > 0)) {
             return Err(Refusal::Request(format!(
                 "the model imports opset {opset} of ai.onnx; the operators need {} or newer: convert it first",
                 vitrim_ops::MIN_OPSET
@@ -176,7 +177,7 @@ impl Merge {
         };
         rewriter.stages = stages::assign(&rewriter)?;
         rewriter.check_positions()?;
-        if rewriter.removed.iter().all(|&r| r == 0) && !self.trace_source {
+        if rewriter.removed.iter().all(|&r| r == 0) && self.trace_source.is_none() {
             return Ok(Proposal { patch: rewriter.patch, steps, notes: rewriter.notes });
         }
         rewriter.merge_blocks()?;

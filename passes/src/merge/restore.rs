@@ -4,7 +4,7 @@ use vitrim_ir::{Attribute, DataType, DimSpec, NodeId, Span, Tensor, TensorType, 
 use vitrim_ops::{TokenRestore, TokenSize};
 
 use super::arrange::Frame;
-use super::{Reduction, Rewriter, SOURCE_OUTPUT};
+use super::{Reduction, Rewriter};
 use crate::Refusal;
 
 impl Rewriter<'_> {
@@ -24,8 +24,8 @@ impl Rewriter<'_> {
             let restored = self.restored_as(output, self.current(output), stage)?;
             self.patch.replace_output(slot, restored);
         }
-        if self.options.trace_source {
-            self.trace_source()?;
+        if let Some(name) = &self.options.trace_source {
+            self.trace_source(name)?;
         }
         Ok(())
     }
@@ -95,7 +95,10 @@ impl Rewriter<'_> {
     }
 
     /// Adds the output with the final slot of every original token.
-    fn trace_source(&mut self) -> Result<(), Refusal> {
+    fn trace_source(&mut self, name: &str) -> Result<(), Refusal> {
+        if self.graph.find_value(name).is_some() {
+            return Err(Refusal::Request(format!("the model has a value named '{name}' already")));
+        }
         let owner = match self.owner(self.stages.last()) {
             Some(owner) => owner,
             None => {
@@ -119,7 +122,7 @@ impl Rewriter<'_> {
             _ => DimSpec::Unknown,
         };
         let dims = vec![dim(self.vit.axes.batch()), dim(self.vit.tokens())];
-        self.patch.append_output(SOURCE_OUTPUT, owner, TensorType { dtype: DataType::I64, dims: Some(dims) });
+        self.patch.append_output(name, owner, TensorType { dtype: DataType::I64, dims: Some(dims) });
         Ok(())
     }
 }

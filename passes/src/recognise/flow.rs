@@ -18,29 +18,36 @@ enum Vertex {
 pub(super) struct Content<'g> {
     graph: &'g Graph,
     values: HashSet<ValueId>,
+    /// Nodes that content is not followed through.
+    left_out: HashSet<NodeId>,
 }
 
 impl<'g> Content<'g> {
-    /// What depends on the content of `images`.
-    pub fn of(graph: &'g Graph, shapes: &Shapes, images: &[ValueId]) -> Self {
+    /// What depends on the content of `images` otherwise than through the nodes to leave out.
+    pub fn of(graph: &'g Graph, shapes: &Shapes, images: &[ValueId], left_out: HashSet<NodeId>) -> Self {
         let mut values: HashSet<ValueId> = images.iter().copied().collect();
-        for (_, node) in graph.nodes() {
-            if node.dependencies().any(|value| values.contains(&value)) {
+        for (id, node) in graph.nodes() {
+            if !left_out.contains(&id) && node.dependencies().any(|value| values.contains(&value)) {
                 values.extend(node.results().filter(|&value| shapes.is_data(value)));
             }
         }
-        Self { graph, values }
+        Self { graph, values, left_out }
+    }
+
+    /// Whether content is not followed through `node`.
+    pub fn leaves_out(&self, node: NodeId) -> bool {
+        self.left_out.contains(&node)
     }
 
     pub fn contains(&self, value: ValueId) -> bool {
         self.values.contains(&value)
     }
 
-    /// The images whose content reaches `node`.
-    pub fn inputs_of(&self, node: NodeId) -> Vec<ValueId> {
+    /// The first image whose content reaches `node`.
+    pub fn image_of(&self, node: NodeId) -> Option<ValueId> {
         let mut seen = HashSet::new();
         let mut open = vec![node];
-        let mut inputs = Vec::new();
+        let mut inputs = HashSet::new();
         while let Some(id) = open.pop() {
             if !seen.insert(id) {
                 continue;
@@ -48,12 +55,11 @@ impl<'g> Content<'g> {
             for value in self.graph.node(id).dependencies().filter(|&value| self.contains(value)) {
                 match self.graph.producer(value) {
                     Some((producer, _)) => open.push(producer),
-                    None if !inputs.contains(&value) => inputs.push(value),
-                    None => {}
+                    None => drop(inputs.insert(value)),
                 }
             }
         }
-        inputs
+        self.graph.inputs().iter().copied().find(|input| inputs.contains(input))
     }
 }
 

@@ -1,6 +1,6 @@
 //! From a graph to a [`VitModel`]: a typed view of ids, valid for one revision of the graph.
 //!
-//! 1. Attention cores are found by their softmax (or fused operator).
+//! 1. Attention cores are found by their softmax (or fused operator). Those of one tower are looked at together.
 //! 2. Between one core and the next, the residual stream passes a single node: a dominator. The earliest one after a
 //!    core is where its block can be cut. The dominator of the first cut is where the blocks begin: the origin.
 //! 3. From the origin, [`Axes`] follows the tokens. A core is a block's if its softmax runs over tokens for every token.
@@ -10,9 +10,11 @@ mod core;
 mod flow;
 mod special;
 mod stream;
+mod tower;
 
 use std::collections::HashSet;
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 use vitrim_ir::{Axes, Effect, Expr, Graph, Model, NodeId, Shapes, Span, ValueId};
@@ -28,7 +30,7 @@ pub struct VitModel {
     /// The revision of the graph that all ids belong to.
     pub revision: u64,
     /// Inferred shapes.
-    pub shapes: Shapes,
+    pub shapes: Arc<Shapes>,
     /// Where the tokens run.
     pub axes: Axes,
     /// The graph input that holds the images.
@@ -202,16 +204,65 @@ impl VitModel {
     }
 }
 
-/// Finds the Vision Transformer of a model, or says why there is none that can be rewritten.
+/// One of the Vision Transformers of a model.
+#[derive(Clone, Debug)]
+pub struct Tower {
+    /// The name of the (first) image that it reads; with `#1`, `#2`, … behind it where several towers read the same.
+    pub name: String,
+    /// Its first attention. Rewriting leaves alone what comes before a tower's first cut, so this node stands for the
+    /// tower in all revisions of the graph.
+    pub attention: NodeId,
+    /// What was found, or why its tokens cannot be regrouped.
+    pub found: Result<VitModel, Refusal>,
+}
+
+impl Tower {
+    /// The tower of that name.
+    pub fn named<'t>(towers: &'t [Self], name: &str) -> Result<&'t Self, Refusal> {
+        towers.iter().find(|tower| tower.name == name).ok_or_else(|| {
+            let names: Vec<String> = towers.iter().map(|tower| format!("'{}'", tower.name)).collect();
+            Refusal::Request(format!("there is no tower '{name}': the model has {}", names.join(", ")))
+        })
+    }
+}
+
+/// Finds the Vision Transformer of a model, or says why there is none that can be rewritten. Of several towers it is
+/// the first that can be.
 pub fn recognise(model: &Model) -> Result<VitModel, Refusal> {
+    let mut towers = towers(model)?;
+    let first = towers.iter().position(|tower| tower.found.is_ok()).unwrap_or(0);
+    towers.swap_remove(first).found
+}
+
+/// Towers that are looked at, each on its own. A model of more is none of Vision Transformers, and would take long.
+const MAX_TOWERS: usize = 64;
+
+/// Finds all Vision Transformers of a model, at least one, in the order of their first attentions.
+pub fn towers(model: &Model) -> Result<Vec<Tower>, Refusal> {
     let graph = model.graph();
-    let shapes = Shapes::infer(model);
+    let shapes = Arc::new(Shapes::infer(model));
     let images: Vec<ValueId> =
         graph.inputs().iter().copied().filter(|&input| is_image(graph, &shapes, input)).collect();
-    let content = Content::of(graph, &shapes, &images);
+    let content = Content::of(graph, &shapes, &images, HashSet::new());
     let cores = find_image_cores(graph, &shapes, &content)?;
+    let any = tower::related(graph, &content, &cores);
+    let parts = tower::partition(graph, &content, cores);
+    if parts.len() > MAX_TOWERS {
+        let count = parts.len();
+        return Err(Refusal::NotAVit(format!("{count} attentions read images and have nothing to do with each other")));
+    }
+    let first_images = parts.iter().map(|cores| content.image_of(cores[0].softmax)).collect::<Option<Vec<_>>>();
+    let first_images = first_images.ok_or_else(|| Refusal::Internal("an attention reads no image".into()))?;
     let opset = model.opsets().standard();
-    Recogniser { graph, shapes: &shapes, content: &content, opset }.run(&cores, shapes.clone())
+    let recognised = |(cores, name): (Vec<Core>, String)| {
+        // What other towers make of their images is not this one's content, wherever it goes from there.
+        let own = tower::related(graph, &content, &cores);
+        let content = Content::of(graph, &shapes, &images, any.difference(&own).copied().collect());
+        let found = Recogniser { graph, shapes: &shapes, content: &content, opset }.run(&cores);
+        Tower { name, attention: cores[0].softmax, found }
+    };
+    let names = tower::names(graph, &first_images);
+    Ok(parts.into_iter().zip(names).map(recognised).collect())
 }
 
 /// Attention cores that images reach.
@@ -237,13 +288,13 @@ fn is_image(graph: &Graph, shapes: &Shapes, input: ValueId) -> bool {
 
 struct Recogniser<'a> {
     graph: &'a Graph,
-    shapes: &'a Shapes,
+    shapes: &'a Arc<Shapes>,
     content: &'a Content<'a>,
     opset: i64,
 }
 
 impl Recogniser<'_> {
-    fn run(&self, cores: &[Core], shapes: Shapes) -> Result<VitModel, Refusal> {
+    fn run(&self, cores: &[Core]) -> Result<VitModel, Refusal> {
         let graph = self.graph;
         let groups = core::group(cores, |node| Flow::towards(self.content, &[node]).reached_from(node));
         let first_cut = self.cut_after(&groups[0], groups.get(1), None)?;
@@ -254,7 +305,7 @@ impl Recogniser<'_> {
         let origin = (graph.node(origin_node).results())
             .find(|&value| self.content.contains(value) && !graph.value(value).uses().is_empty())
             .ok_or_else(|| Refusal::NotAVit(format!("{} has no result", graph.describe(origin_node))))?;
-        let image = (self.content.inputs_of(origin_node).into_iter().next())
+        let image = (self.content.image_of(origin_node))
             .ok_or_else(|| Refusal::NotAVit("the first attention reads no image".into()))?;
         let axes = self.tokens(origin, cores)?;
         let blocks = self.blocks(&groups, &axes)?;
@@ -263,7 +314,8 @@ impl Recogniser<'_> {
         let last = blocks.last().map(|block| block.cut).unwrap_or(first_cut);
         let mut restore_before = Vec::new();
         let after_core: HashSet<NodeId> = flow_after(self.content, &blocks);
-        for (node, reason) in axes.pins() {
+        // Another tower, behind the same first tokens, sees all of them: none of its attentions is behind a cut of ours.
+        for (node, reason) in axes.pins().filter(|(node, _)| !self.content.leaves_out(*node)) {
             let pin =
                 Pin { node, name: graph.describe(node), op: graph.node(node).op.to_string(), reason: reason.into() };
             let reached = Flow::towards(self.content, &[node]).reached_from(node);
@@ -275,6 +327,7 @@ impl Recogniser<'_> {
         }
         let heads = self.heads(&axes, &blocks, last);
         let special = special.named(&heads);
+        let shapes = self.shapes.clone();
         Ok(VitModel { revision: graph.revision(), shapes, axes, image, blocks, special, heads, restore_before })
     }
 
@@ -425,7 +478,7 @@ impl Recogniser<'_> {
         let after = Flow::towards(self.content, &[last]).reached_from(last);
         let mut heads = Vec::new();
         let softmaxes: HashSet<NodeId> = softmaxes(blocks).collect();
-        for (node, effect) in axes.effects() {
+        for (node, effect) in axes.effects().iter().filter(|(node, _)| !self.content.leaves_out(*node)) {
             let head = match effect {
                 Effect::Pick { first, count } if after.contains(node) => Head::Pick { first: *first, count: *count },
                 Effect::Pool { span: Span { front, back }, .. } if after.contains(node) => {
@@ -440,7 +493,8 @@ impl Recogniser<'_> {
             }
         }
         for &output in self.graph.outputs() {
-            if axes.carries(output) {
+            let foreign = self.graph.producer(output).is_some_and(|(node, _)| self.content.leaves_out(node));
+            if axes.carries(output) && !foreign {
                 heads.push(Head::PerToken { output: self.graph.value(output).name().into() });
             }
         }
