@@ -78,14 +78,16 @@ fn attention_flops(vit: &VitModel, node: &Node, fused: &FusedAttention, tokens: 
 fn node_flops(vit: &VitModel, node: &Node, tokens: i64) -> Option<u64> {
     let name = node.op.name.as_str();
     let inner = match name {
-        "MatMul" | "FusedMatMul" | "Gemm" | "MatMulInteger" | "QLinearMatMul" => {
-            let a = extents(vit, node.input(0)?, tokens)?;
+        name if name != "Einsum" && node.factors().is_some() => {
+            let [left, _] = node.factors()?;
+            let a = extents(vit, node.input(left)?, tokens)?;
             let last = a.len().checked_sub(1)?;
             let transposed = node.int("transA").unwrap_or(0) != 0;
             *a.get(if transposed { last.checked_sub(1)? } else { last })?
         }
-        "Conv" => {
-            let kernel = extents(vit, node.input(1)?, tokens)?;
+        "MatMulNBits" | "MatMulBnb4" => node.int("K")?,
+        "Conv" | "FusedConv" | "ConvInteger" | "QLinearConv" => {
+            let kernel = extents(vit, node.input(if name == "QLinearConv" { 3 } else { 1 })?, tokens)?;
             kernel.get(1..)?.iter().product()
         }
         "Einsum" => {

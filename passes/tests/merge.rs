@@ -263,6 +263,72 @@ fn a_mask_with_equal_entries_is_no_obstacle() {
     merge(&masked, "r = 4").unwrap();
 }
 
+/// Two blocks of attention in integers; `wide` gives the stream a scale for each channel.
+fn quantised(wide: bool) -> Model {
+    let dims = [DimSpec::Named("batch".into()), DimSpec::Known(3), DimSpec::Known(16), DimSpec::Known(16)];
+    let mut graph = GraphBuilder::new();
+    let image = graph.input("image", Some(&TensorType { dtype: DataType::F32, dims: Some(dims.to_vec()) }));
+    let ones = |dims: &[usize]| Tensor::f32s(dims, &vec![0.5; dims.iter().product()]);
+    let kernel = graph.initializer("kernel", ones(&[WIDTH, 3, 4, 4]));
+    let patches = graph.op("Conv", "patches", &[image, kernel], &[("strides", Attribute::Ints(vec![4, 4]))]);
+    let shape = graph.initializer("shape", Tensor::shape(&[0, WIDTH as i64, -1]));
+    let flat = graph.op("Reshape", "flat", &[patches, shape], &[]);
+    let x = graph.op("Transpose", "tokens", &[flat], &[("perm", Attribute::Ints(vec![0, 2, 1]))]);
+    let scale = graph.initializer("scale", Tensor::f32(0.1));
+    let zero = graph.initializer("zero", Tensor::integers(DataType::U8, &[], &[128]));
+    let many = |dtype: DataType, n: i64| Tensor::integers(dtype, &[WIDTH], &[n; WIDTH]);
+    let each = [graph.initializer("scales", ones(&[WIDTH])), graph.initializer("zeros", many(DataType::U8, 128))];
+    let mut stream = graph.op("QuantizeLinear", "quantised", &[x, scale, zero], &[]);
+    let weights = graph.initializer("weights", Tensor::integers(DataType::U8, &[WIDTH, WIDTH], &[7; WIDTH * WIDTH]));
+    let axis = graph.initializer("head_axis", Tensor::shape(&[1]));
+    for block in 0..2 {
+        let product = |graph: &mut GraphBuilder, a: ValueId, b: ValueId| {
+            graph.op("QLinearMatMul", "product", &[a, scale, zero, b, scale, zero, scale, zero], &[])
+        };
+        let [q, k, v] = [0, 1, 2].map(|_| {
+            let flat = product(&mut graph, stream, weights);
+            graph.op("Unsqueeze", "heads", &[flat, axis], &[])
+        });
+        let k = graph.op("Transpose", "k", &[k], &[("perm", Attribute::Ints(vec![0, 1, 3, 2]))]);
+        let scores = product(&mut graph, q, k);
+        let contrib = |graph: &mut GraphBuilder, op: &str, inputs: &[ValueId], attributes: &[(&str, Attribute)]| {
+            let inputs = inputs.iter().copied().map(Some).collect();
+            graph.call(OpType::of("com.microsoft", op), "v", inputs, attributes, 1)[0]
+        };
+        let version = [("axis", Attribute::Int(-1)), ("opset", Attribute::Int(13))];
+        let softmax = contrib(&mut graph, "QLinearSoftmax", &[scores, scale, zero, scale, zero], &version);
+        let mixed = product(&mut graph, softmax, v);
+        let joined = graph.op("Squeeze", "joined", &[mixed, axis], &[]);
+        let [to_scale, to_zero] = if wide && block == 0 { each } else { [scale, zero] };
+        let operands = [stream, scale, zero, joined, scale, zero, to_scale, to_zero];
+        stream = contrib(&mut graph, "QLinearAdd", &operands, &[]);
+    }
+    let x = graph.op("DequantizeLinear", "numbers", &[stream, scale, zero], &[]);
+    let out = mean(&mut graph, x);
+    graph.output("y", out, None);
+    graph.into_model(8, &[("", 17), ("com.microsoft", 1)], Vec::new())
+}
+
+#[test]
+fn integers_are_merged_as_the_numbers_they_stand_for() {
+    let merged = merge(&quantised(false), "r = [4, 0]").unwrap();
+    let graph = merged.graph();
+    let (_, call) = graph.nodes().find(|(_, node)| node.op.name == "TokenMerge").unwrap();
+    let producer = |slot: usize| graph.node(graph.producer(call.input(slot).unwrap()).unwrap().0);
+    assert!(producer(0).is("DequantizeLinear"));
+    let readers = graph.value(call.output(0).unwrap()).uses();
+    assert!(readers.iter().all(|used| graph.node(used.node).is("QuantizeLinear")));
+    // The first attention is as it was; the second is of floats, in proportion to sizes.
+    assert_eq!((count(&merged, "QLinearSoftmax"), count(&merged, "Softmax"), count(&merged, "Log")), (1, 1, 1));
+    assert_eq!(count(&merge(&quantised(false), "r = [4, 0]\nproportional = false").unwrap(), "QLinearSoftmax"), 2);
+}
+
+#[test]
+fn a_scale_for_each_channel_of_the_stream_is_refused() {
+    let reason = refusal(&quantised(true), "r = 4");
+    assert!(reason.contains("quantised with several scales"), "{reason}");
+}
+
 #[test]
 fn attention_without_an_image_is_no_vit() {
     let mut graph = GraphBuilder::new();

@@ -80,7 +80,7 @@ fn broadcast(call: &Call<'_>, slot: usize, to: &[usize]) -> Option<Items> {
 /// The elements of result `slot` of `call`, whose extents are `dims`.
 pub(super) fn items(call: &Call<'_>, slot: usize, dims: Option<&Dims>, dtype: Option<DataType>) -> Option<Items> {
     let to = small(dims?)?;
-    let name = call.node.standard_op()?;
+    let name = folded(call)?;
     let wants_type = |items: Items| -> Option<Items> {
         let dtype = dtype?;
         Some(items.into_iter().map(|item| item?.cast(dtype)).collect())
@@ -97,6 +97,11 @@ pub(super) fn items(call: &Call<'_>, slot: usize, dims: Option<&Dims>, dtype: Op
             (items.len() == to.iter().product::<usize>()).then(|| items.to_vec())
         }
         "Cast" | "CastLike" => wants_type(call.items(0)?.to_vec()),
+        "QuantizeLinear" | "DequantizeLinear" => {
+            let (scale, zero_point) = scaling(call)?;
+            let item = |item: &Option<Number>| scaled(name, item.as_ref()?.as_f64()?, scale, zero_point, dtype?);
+            Some(call.items(0)?.iter().map(|x| item(x).map(Number::float)).collect())
+        }
         "Transpose" => {
             let (items, from) = operand(call, 0)?;
             let order = permutation(call, from.len()).ok()?;
@@ -318,13 +323,17 @@ fn holds(name: &str, order: Option<Ordering>) -> Option<bool> {
 
 /// The number that every element of result `slot` equals.
 pub(super) fn uniform(call: &Call<'_>, slot: usize, dtype: Option<DataType>) -> Option<f64> {
-    let name = call.node.standard_op()?;
+    let name = folded(call)?;
     let of = |slot: usize| call.fact(slot)?.uniform;
     match name {
         "Identity" | "Reshape" | "Squeeze" | "Unsqueeze" | "Flatten" | "Transpose" | "Expand" | "Tile" | "Slice"
         | "Split" | "Gather" | "GatherElements" | "GatherND" | "DepthToSpace" | "SpaceToDepth" => of(0),
         "Dropout" if slot == 0 && call.node.int("training_mode").unwrap_or(0) == 0 && !call.has(2) => of(0),
         "Cast" | "CastLike" => convert(of(0)?, dtype?),
+        "QuantizeLinear" | "DequantizeLinear" => {
+            let (scale, zero_point) = scaling(call)?;
+            scaled(name, of(0)?, scale, zero_point, dtype?)
+        }
         "ConstantOfShape" => match call.node.attribute("value") {
             Some(Attribute::Tensor(value)) if value.len() == 1 => value.uniform(),
             Some(_) => None,
@@ -391,6 +400,35 @@ pub(super) fn uniform(call: &Call<'_>, slot: usize, dtype: Option<DataType>) -> 
         }
         _ => None,
     }
+}
+
+/// The operator, where its results can be computed here.
+fn folded<'c>(call: &Call<'c>) -> Option<&'c str> {
+    let node = call.node;
+    let quantises = matches!(node.op.name.as_str(), "QuantizeLinear" | "DequantizeLinear");
+    node.standard_op().or_else(|| (node.op.domain == "com.microsoft" && quantises).then_some(node.op.name.as_str()))
+}
+
+/// The scale and the zero point by which a call quantises or dequantises, where there is one.
+fn scaling(call: &Call<'_>) -> Option<(f64, f64)> {
+    let of = |slot: usize| call.fact(slot)?.uniform;
+    Some((of(1)?, if call.has(2) { of(2)? } else { 0.0 }))
+}
+
+/// A number quantised or dequantised.
+fn scaled(name: &str, x: f64, scale: f64, zero_point: f64, dtype: DataType) -> Option<f64> {
+    if name == "DequantizeLinear" {
+        return Some(round((x - zero_point) * scale, dtype)).filter(|x| x.is_finite());
+    }
+    let (low, high) = match dtype {
+        DataType::U8 => (0.0, u8::MAX.into()),
+        DataType::I8 => (i8::MIN.into(), i8::MAX.into()),
+        DataType::U16 => (0.0, u16::MAX.into()),
+        DataType::I16 => (i16::MIN.into(), i16::MAX.into()),
+        _ => return None,
+    };
+    let quotient = round(x / scale, DataType::F32).round_ties_even() + zero_point;
+    quotient.is_finite().then(|| f64::clamp(quotient, low, high))
 }
 
 /// A number as a tensor of type `dtype` holds it.

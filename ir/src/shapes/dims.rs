@@ -18,6 +18,7 @@ pub(super) fn infer(call: &mut Call<'_>) -> Known<Results> {
     let results = match (node.op.domain.as_str(), node.op.name.as_str()) {
         ("", name) => standard(call, name),
         ("com.microsoft", name) => microsoft(call, name),
+        ("com.microsoft.nchwc", name) => blocked(call, name),
         _ => unknown(call),
     }?;
     if results.iter().flatten().flatten().any(|extent| extent.as_known().is_some_and(|n| n < 0)) {
@@ -128,7 +129,7 @@ fn standard(call: &mut Call<'_>, name: &str) -> Known<Results> {
         "Transpose" => transpose(call),
         "Squeeze" => squeeze(call),
         "Unsqueeze" => unsqueeze(call),
-        "Concat" => concat(call, 0),
+        "Concat" => concat(call),
         "Split" => split(call),
         "Slice" | "DynamicSlice" => slice(call),
         "Gather" => gather(call),
@@ -168,7 +169,7 @@ fn standard(call: &mut Call<'_>, name: &str) -> Known<Results> {
         }
         "ReduceL1" | "ReduceL2" | "ReduceLogSum" | "ReduceLogSumExp" | "ReduceMax" | "ReduceMean" | "ReduceMin"
         | "ReduceProd" | "ReduceSum" | "ReduceSumSquare" => reduce(call),
-        // The simplified form is ONNX Runtime's, which has it in the standard domain.
+        // ONNX Runtime writes its simplified form into the standard domain.
         "LayerNormalization" | "SimplifiedLayerNormalization" => layer_normalization(call, &[1, 2]),
         "BatchNormalization" => {
             let dims = call.dims(0)?.to_vec();
@@ -222,7 +223,8 @@ fn standard(call: &mut Call<'_>, name: &str) -> Known<Results> {
 
 fn microsoft(call: &mut Call<'_>, name: &str) -> Known<Results> {
     match name {
-        "BiasDropout"
+        "BiasAdd"
+        | "BiasDropout"
         | "BiasGelu"
         | "BiasSoftmax"
         | "DequantizeLinear"
@@ -267,13 +269,64 @@ fn microsoft(call: &mut Call<'_>, name: &str) -> Known<Results> {
             call.same(last, &Expr::known(k));
             one(batch.iter().cloned().chain([Expr::known(n)]).collect())
         }
-        "QLinearAdd" | "QLinearMul" => {
-            let dims = call.broadcast_all([0, 3])?;
+        "QLinearAdd" | "QLinearMul" | "QLinearWhere" => elementwise(call),
+        "QLinearConcat" => concat(call),
+        "QLinearReduceMean" => {
+            let rank = call.rank(0)?;
+            let axes = match call.node.ints("axes") {
+                Some(axes) => call.axes(axes, rank)?,
+                None => (0..rank).collect(),
+            };
+            one(reduced(call.dims(0)?, &axes, call.node.int("keepdims").unwrap_or(1) != 0))
+        }
+        "QLinearAveragePool" if channels_first(call) => one(linear::pool(call)?),
+        "QLinearGlobalAveragePool" => {
+            let mut dims = call.dims(0)?.to_vec();
+            let rank = dims.len();
+            let space = if channels_first(call) { 2..rank } else { 1..rank.saturating_sub(1) };
+            let Some(space) = dims.get_mut(space) else { return call.why("the operand has too low a rank") };
+            space.fill(Expr::known(1));
+            one(dims)
+        }
+        "BiasSplitGelu" => {
+            let mut dims = call.dims(0)?.to_vec();
+            let Some(last) = dims.last_mut() else { return call.why("operand 0 is a scalar") };
+            *last = last.quotient(&Expr::known(2)).ok_or_else(too_large)?;
             one(dims)
         }
         "Attention" => linear::packed_attention(call, 1, 4),
         "QAttention" => linear::packed_attention(call, 1, 8),
         "MultiHeadAttention" => linear::multi_head_attention(call),
+        _ => unknown(call),
+    }
+}
+
+/// Whether the channels come before the positions.
+fn channels_first(call: &Call<'_>) -> bool {
+    call.node.int("channels_last").unwrap_or(0) == 0
+}
+
+/// Operators on tensors whose channels ONNX Runtime has cut into blocks that suit the processor. The shapes that they
+/// state do not show the blocks, but channels that fill up the last one are counted until the way back.
+fn blocked(call: &mut Call<'_>, name: &str) -> Known<Results> {
+    match name {
+        "Conv" => one(linear::blocked_conv(call)?),
+        "AveragePool" | "MaxPool" => one(linear::pool(call)?),
+        "GlobalAveragePool" | "GlobalMaxPool" => standard(call, name),
+        "ReorderInput" if channels_first(call) => same_as(call, 0),
+        "ReorderInput" => match call.dims(0)? {
+            [n, space @ .., c] => one([n, c].into_iter().chain(space).cloned().collect()),
+            _ => call.why("the operand has too low a rank"),
+        },
+        "ReorderOutput" => {
+            let [n, _, space @ ..] = call.dims(0)? else { return call.why("the operand has too low a rank") };
+            let Some(channels) = call.node.int("channels") else { return call.why("the channels are missing") };
+            let channels = Expr::known(channels);
+            one(match channels_first(call) {
+                true => [n, &channels].into_iter().chain(space).cloned().collect(),
+                false => [n].into_iter().chain(space).chain([&channels]).cloned().collect(),
+            })
+        }
         _ => unknown(call),
     }
 }
@@ -290,7 +343,7 @@ fn elementwise(call: &mut Call<'_>) -> Known<Results> {
     if call.opset < 7 && call.node.int("broadcast").unwrap_or(0) != 0 {
         return same_as(call, 0);
     }
-    let dims = call.broadcast_all(0..call.inputs.len())?;
+    let dims = call.broadcast_all(call.node.data_operands().map(|(slot, _)| slot))?;
     one(dims)
 }
 
@@ -417,12 +470,14 @@ fn unsqueeze(call: &mut Call<'_>) -> Known<Results> {
     one((0..rank).map_while(place).collect())
 }
 
-fn concat(call: &mut Call<'_>, first: usize) -> Known<Results> {
+fn concat(call: &mut Call<'_>) -> Known<Results> {
+    let mut slots = call.node.data_operands().map(|(slot, _)| slot);
+    let Some(first) = slots.next() else { return call.why("it has no operands") };
     let mut result = call.dims(first)?.to_vec();
     let default = if call.opset < 4 { Some(1) } else { None };
     let Some(axis) = call.node.int("axis").or(default) else { return call.why("the axis is missing") };
     let axis = axis_of(axis, result.len())?;
-    for slot in first + 1..call.inputs.len() {
+    for slot in slots {
         let dims = call.dims(slot)?;
         if dims.len() != result.len() {
             return call.why("the operands differ in rank");

@@ -18,6 +18,11 @@ fn zero_point(call: &Call<'_>, slot: usize, default: Option<DataType>) -> Option
 pub(super) fn infer(call: &Call<'_>, slot: usize) -> Option<DataType> {
     let node = call.node;
     let own = || call.dtype(0);
+    // Quantised integers have the type of their zero point.
+    if let (Some(quantisation), false) = (node.quantised_result(), node.op.name == "QuantizeLinear") {
+        let data = || node.quantised_operands().first().and_then(|(slot, _)| call.dtype(*slot));
+        return call.dtype(quantisation.zero_point).or_else(data);
+    }
     match (node.op.domain.as_str(), node.op.name.as_str()) {
         ("" | "com.microsoft", name) => match (name, slot) {
             ("Shape" | "Size" | "ArgMax" | "ArgMin" | "NonZero", _) | ("TopK" | "MaxPool", 1) => Some(DataType::I64),
@@ -47,20 +52,14 @@ pub(super) fn infer(call: &Call<'_>, slot: usize) -> Option<DataType> {
             ("DynamicQuantizeLinear", _) => Some(DataType::F32),
             ("MatMulInteger" | "ConvInteger" | "MatMulInteger16", _) => Some(DataType::I32),
             ("MatMulIntegerToFloat", _) => call.dtype(2),
-            ("QLinearMatMul" | "QLinearConv" | "QLinearAdd" | "QLinearMul", _) => call.dtype(7).or_else(own),
-            ("QGemm", _) => {
-                if call.has(8) {
-                    call.dtype(8)
-                } else {
-                    Some(DataType::F32)
-                }
-            }
+            ("QGemm", _) => Some(DataType::F32),
             ("QAttention", _) => call.dtype(3),
             ("LayerNormalization" | "SkipLayerNormalization" | "SimplifiedLayerNormalization", 1 | 2)
             | ("SkipSimplifiedLayerNormalization", 1 | 2) => Some(DataType::F32),
             _ if call.ruled => own(),
             _ => None,
         },
+        ("com.microsoft.nchwc", _) => own(),
         _ => None,
     }
 }

@@ -234,12 +234,23 @@ fn kernel(call: &Call<'_>, weight: Option<&[Expr]>, rank: usize) -> Known<Vec<Ex
 
 /// A convolution of the operand in `data` with the weights in `weight`.
 pub(super) fn conv(call: &mut Call<'_>, data: usize, weight: usize) -> Known<Dims> {
-    let ([n, c, space @ ..], weights @ [out, inner, ..]) = (call.dims(data)?, call.dims(weight)?) else {
+    if let (Ok([_, c, ..]), Ok([_, inner, ..])) = (call.dims(data), call.dims(weight)) {
+        let groups = Expr::known(call.node.int("group").unwrap_or(1));
+        let channels = times(inner, &groups)?;
+        call.same(c, &channels);
+    }
+    windows_of(call, data, weight)
+}
+
+/// A convolution whose channels are in blocks; their number may be more than the operand's.
+pub(super) fn blocked_conv(call: &Call<'_>) -> Known<Dims> {
+    windows_of(call, 0, 1)
+}
+
+fn windows_of(call: &Call<'_>, data: usize, weight: usize) -> Known<Dims> {
+    let ([n, _, space @ ..], weights @ [out, _, ..]) = (call.dims(data)?, call.dims(weight)?) else {
         return call.why("an operand has too low a rank");
     };
-    let groups = Expr::known(call.node.int("group").unwrap_or(1));
-    let channels = times(inner, &groups)?;
-    call.same(c, &channels);
     let windows = Windows::of(call, kernel(call, Some(weights), space.len())?)?;
     Ok([n.clone(), out.clone()].into_iter().chain(windows.counts(call, space)).collect())
 }

@@ -380,6 +380,63 @@ fn attention_operators() {
 }
 
 #[test]
+fn quantised_operators() {
+    let mut case = Case::new();
+    let mut u8s = |dims: &[&str]| case.builder.input("x", Some(&ty(DataType::U8, dims)));
+    let (x, class, zero) = (u8s(&["b", "n", "48"]), u8s(&["b", "1", "48"]), u8s(&[]));
+    let scale = case.input(&[]);
+    let all = |values: &[ValueId]| values.iter().flat_map(|&value| [value, scale, zero]).collect::<Vec<_>>();
+    let axis = [("axis", int(1))];
+    let joined = case.contrib("QLinearConcat", &[vec![scale, zero], all(&[class, x])].concat(), &axis, 1)[0];
+    let sum = case.contrib("QLinearAdd", &[all(&[x, class]), vec![scale, zero]].concat(), &[], 1)[0];
+    let mean =
+        case.contrib("QLinearReduceMean", &[all(&[x]), vec![scale, zero]].concat(), &[("axes", ints(&[1]))], 1)[0];
+    let last = [("channels_last", int(1))];
+    let pooled = case.contrib("QLinearGlobalAveragePool", &[all(&[x]), vec![scale, zero]].concat(), &last, 1)[0];
+    let floats = case.input(&["b", "n", "48"]);
+    let halved = case.contrib("BiasSplitGelu", &[floats, scale], &[], 1)[0];
+    let shapes = case.infer();
+    let show = |id: ValueId| format!("{}{:?}", text(shapes.dims(id)), shapes.dtype(id).unwrap());
+    assert_eq!(show(joined), "[b,n+1,48]U8");
+    assert_eq!([sum, mean].map(show), ["[b,n,48]U8", "[b,1,48]U8"]);
+    assert_eq!([pooled, halved].map(show), ["[b,1,48]U8", "[b,n,24]F32"]);
+}
+
+#[test]
+fn extents_are_known_through_quantisation() {
+    let mut case = Case::new();
+    let scalar = |case: &mut Case, tensor| case.builder.initializer("c", tensor);
+    let scale = scalar(&mut case, Tensor::f32(0.25));
+    let [zero, four, forty] = [0, 4, 40].map(|n| scalar(&mut case, Tensor::integers(DataType::U8, &[], &[n])));
+    let number = |case: &mut Case, integer| case.op("DequantizeLinear", &[integer, scale, zero], &[]);
+    let (start, step, end) = (number(&mut case, zero), number(&mut case, four), number(&mut case, forty));
+    let range = case.op("Range", &[start, end, step], &[]);
+    let high = scalar(&mut case, Tensor::f32(100.0));
+    let clipped = case.op("QuantizeLinear", &[high, scale, zero], &[]);
+    let shapes = case.infer();
+    assert_eq!(text(shapes.dims(range)), "[10]");
+    assert_eq!(shapes.uniform(clipped), Some(255.0));
+}
+
+#[test]
+fn channels_in_blocks() {
+    let mut case = Case::new();
+    let (image, kernel) = (case.input(&["b", "3", "32", "32"]), case.zeros(&[48, 3, 4, 4]));
+    let mut nchwc = |op: &str, inputs: &[ValueId], attributes: &[(&str, Attribute)]| {
+        let inputs = inputs.iter().copied().map(Some).collect();
+        case.builder.call(OpType::of("com.microsoft.nchwc", op), "v", inputs, attributes, 1)[0]
+    };
+    let conv = nchwc("Conv", &[image, kernel], &[("strides", ints(&[4, 4]))]);
+    let back = nchwc("ReorderOutput", &[conv], &[("channels", int(45))]);
+    let last = nchwc("ReorderOutput", &[conv], &[("channels", int(45)), ("channels_last", int(1))]);
+    let again = nchwc("ReorderInput", &[last], &[("channels_last", int(1))]);
+    let shapes = case.infer();
+    let show = |id: ValueId| text(shapes.dims(id));
+    assert_eq!([conv, back].map(show), ["[b,48,8,8]", "[b,45,8,8]"]);
+    assert_eq!([last, again].map(show), ["[b,8,8,45]", "[b,45,8,8]"]);
+}
+
+#[test]
 fn reductions() {
     let x = &["b", "n", "48"];
     assert_eq!(shape_of("ReduceMean", x, &[], &[("axes", ints(&[-1]))]), "[b,n,1]");

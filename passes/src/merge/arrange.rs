@@ -125,8 +125,7 @@ impl Rewriter<'_> {
         let order = arrangement.order()?;
         let mut value = source;
         if arrangement.shares() {
-            let target =
-                self.target(arrangement.factors().map(|role| std::slice::from_ref(role)), arrangement, stage)?;
+            let target = self.target(arrangement.factors().map(std::slice::from_ref), arrangement, stage)?;
             value = self.reshape(value, &target, &format!("{hint}/factors"));
         } else {
             let units = arrangement.units();

@@ -68,6 +68,9 @@ impl Rewriter<'_> {
         stage: usize,
         hint: &str,
     ) -> Result<ValueId, Refusal> {
+        if !self.dtype(value).is_float() {
+            return Err(self.pinned(id, "it weighs tokens with integers"));
+        }
         let frame = self.frame_of(value, id)?;
         let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let row = self.with_axes("Squeeze", size, &[2], &format!("{hint}/size_row"));

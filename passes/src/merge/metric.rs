@@ -2,6 +2,7 @@
 
 use vitrim_ir::{Attribute, Expr, Span, Tensor, ValueId};
 
+use super::precision::Coding;
 use super::{Metric, Rewriter};
 use crate::Refusal;
 use crate::recognise::Attention;
@@ -48,29 +49,35 @@ impl Rewriter<'_> {
     ) -> Result<ValueId, Refusal> {
         let core = &attention.core;
         let graph = self.graph;
-        let (operand, name) = match metric {
-            Metric::Query => (core.query(graph), "query"),
-            Metric::Value => (core.value(graph), "value"),
-            _ => (core.key(graph), "key"),
+        let (reader, slot, name) = match metric {
+            Metric::Query => (core.scores, core.slots.query, "query"),
+            Metric::Value => (core.mix, core.slots.value, "value"),
+            _ => (core.scores, core.slots.key, "key"),
         };
+        let reader = graph.node(reader);
         let refusal = self.pinned(core.softmax, &format!("it is an attention whose {name} cannot be read"));
         let unknown = || refusal.clone();
-        let operand = operand.ok_or_else(unknown)?;
+        let operand = reader.input(slot).ok_or_else(unknown)?;
         if core.is_fused() && self.vit.axes.layout(operand).is_some_and(|layout| layout.rank() == 3) {
             return self.fused_metric(core, metric, hint).ok_or_else(unknown);
         }
         let roles = self.roles(operand).ok_or_else(unknown)?;
         let (value, roles) = self.walk_back(operand, roles);
+        let coding = match self.dtype(value) {
+            dtype if dtype.is_float() => Coding::Plain(dtype),
+            _ => self.coding_of_operand(reader, slot).ok_or_else(unknown)?,
+        };
+        let layout = self.vit.axes.layout(value).ok_or_else(unknown)?;
+        let value = self.as_f32(value, coding, &format!("{hint}/{name}"));
         let heads = attention.heads as i64;
 
         // Split heads off the batch where they share an axis.
         let (value, roles) = match roles.as_slice() {
             [BatchAndHeads, a, b] => {
-                let dims = self.vit.axes.layout(value).ok_or_else(unknown)?;
                 let count = self.stages.count(self.stages.of_block(block)).and_then(|count| count.as_known());
                 let extent = |at: usize| match roles[at] {
                     Tokens => count,
-                    _ => dims.0[at].plain_extent().and_then(|extent| extent.as_known()),
+                    _ => layout.0[at].plain_extent().and_then(|extent| extent.as_known()),
                 };
                 let known = |at: usize| extent(at).map(Ok).unwrap_or(Err(unknown()));
                 // One extent may stay open: the batch takes it when the token count is known.
@@ -149,19 +156,23 @@ impl Rewriter<'_> {
         Some(roles)
     }
 
-    /// Follows an operand back to a form with heads and tokens apart and channels last, through steps that change no
-    /// direction: transposes, multiplication by one positive number, joining batch and heads.
+    /// Follows an operand back to floats in a form with heads and tokens apart and channels last, through steps that
+    /// change no direction: transposes, multiplication by one positive number, joining batch and heads, quantisation.
     fn walk_back(&self, operand: ValueId, roles: Vec<Role>) -> (ValueId, Vec<Role>) {
         let wanted = [Batch, Heads, Tokens, Channels];
         let mut best = (operand, roles.clone());
         let (mut value, mut roles) = (operand, roles);
-        while roles != wanted {
+        while roles != wanted || !self.dtype(value).is_float() {
             let Some((id, _)) = self.graph.producer(value) else { break };
             let node = self.graph.node(id);
             let Some(operand) = node.input(0) else { break };
             match node.standard_op() {
                 Some("Identity" | "Cast") if self.vit.shapes.dtype(operand) == self.vit.shapes.dtype(value) => {
                     value = operand
+                }
+                Some("QuantizeLinear" | "DynamicQuantizeLinear") => {
+                    value = operand;
+                    best = (value, roles.clone());
                 }
                 Some("Mul" | "Div") => {
                     let (data, factor) = match node.input(1) {

@@ -16,6 +16,7 @@ mod counts;
 mod cut;
 mod fused;
 mod metric;
+mod precision;
 mod recount;
 mod restore;
 mod spans;
@@ -26,12 +27,13 @@ mod weigh;
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
-use vitrim_ir::{Effect, Expr, Graph, Model, NodeId, OpType, Patch, Span, ValueId};
+use vitrim_ir::{DataType, Effect, Expr, Graph, Model, NodeId, OpType, Patch, Span, ValueId};
 use vitrim_ops::{DOMAIN, OpDef, TokenAssign, TokenMerge, TokenMergeDynamic, TokenSize, VERSION};
 
 use crate::Refusal;
 use crate::recognise::VitModel;
 use crate::schedule::{Schedule, Step};
+use precision::Coding;
 use stages::{Stage, Stages};
 use tables::Followed;
 
@@ -257,7 +259,13 @@ impl Rewriter<'_> {
         );
         let unknown = || refusal.clone();
         let before = self.before_merge(cut, x);
-        let batch_first = self.tokens_second(before, &arrangement, stage, &hint).ok_or_else(unknown)?;
+        let sliced = self.options.reduction == Reduction::Slice;
+        let unscaled = self.pinned(cut, "it gives integers, and what they stand for is not known");
+        let coding = self.coding_of_result(self.graph.node(cut)).ok_or(unscaled)?;
+        // Half precision goes into the merge as it is: the operator casts.
+        let quantised = matches!(coding, Coding::Scaled { .. }) && !sliced;
+        let numbers = if quantised { self.as_f32(before, coding, &hint) } else { before };
+        let batch_first = self.tokens_second(numbers, &arrangement, stage, &hint).ok_or_else(unknown)?;
         let batch_first = match arrangement.others() {
             0 => return Err(refusal),
             1 => batch_first,
@@ -265,7 +273,7 @@ impl Rewriter<'_> {
         };
         let (tokens, removed) = (self.stages.count(stage), self.removed[block] as i64);
 
-        let merged = if self.options.reduction == Reduction::Slice {
+        let merged = if sliced {
             let ends = tokens.and_then(|tokens| tokens.minus(&Expr::known(removed))).and_then(|left| left.as_known());
             let ends = ends.ok_or_else(|| Refusal::Request("the slicing floor needs a fixed token count".into()))?;
             let bounds = [("starts", 0), ("ends", ends), ("axes", 1)];
@@ -284,7 +292,7 @@ impl Rewriter<'_> {
                 Some(size) => size,
                 None => self.vitrim(&TokenSize, "vitrim/initial_size", &[batch_first], &[], 1)[0],
             };
-            let dtype = self.dtype(x).code().into();
+            let dtype = if quantised { DataType::F32 } else { self.dtype(x) }.code().into();
             let (protect, suffix) = (self.protect as i64, self.suffix as i64);
             let name = format!("{hint}/merge");
             let results = match tokens.and_then(|tokens| tokens.as_known()) {
@@ -322,6 +330,7 @@ impl Rewriter<'_> {
             }
         };
         let back = self.as_before(y, &arrangement, stage + 1, &hint).ok_or_else(unknown)?;
+        let back = if quantised { self.as_coded(back, coding, &format!("{hint}/merged_as_stream")) } else { back };
         self.replace_stream(cut, x, back);
         Ok(())
     }
@@ -344,8 +353,8 @@ impl Rewriter<'_> {
         if merged { value } else { self.replacement(value) }
     }
 
-    fn dtype(&self, value: ValueId) -> vitrim_ir::DataType {
-        self.vit.shapes.dtype(value).unwrap_or(vitrim_ir::DataType::F32)
+    fn dtype(&self, value: ValueId) -> DataType {
+        self.vit.shapes.dtype(value).unwrap_or(DataType::F32)
     }
 
     fn pinned(&self, node: NodeId, reason: &str) -> Refusal {

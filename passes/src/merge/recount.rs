@@ -156,7 +156,7 @@ impl Rewriter<'_> {
             self.vit.axes.layout(value).and_then(|layout| layout.token_axis()).map(|(_, span)| span.back)
         };
         let cut = span(result).unwrap_or(0) - span(operand).unwrap_or(0);
-        let end = if cut == 0 { i64::MAX } else { -(cut as i64) };
+        let end = if cut == 0 { i64::MAX } else { -cut };
         let hint = format!("vitrim/{}/end", self.graph.value(result).name());
         let end = self.patch.constant(&hint, Tensor::shape(&[end]));
         self.patch.rewire(id, slot, end);

@@ -65,6 +65,9 @@ impl Rewriter<'_> {
                 let owner = self.owner_of(node, stage, Span::ALL, &hint)?;
                 let mut source = source;
                 if let Some(keys) = [rows, columns].into_iter().find(|&at| layout.0[at].is_weights()) {
+                    if !self.dtype(value).is_float() {
+                        return Err(refuse("it has to be restored, but has integers"));
+                    }
                     let size = self.size_along(node, value, keys, Span::ALL, stage, &hint)?;
                     source = self.patch.op("Div", &format!("{hint}/shared"), &[source, size], &[]);
                 }

@@ -154,6 +154,7 @@ impl Rewriter<'_> {
     }
 
     /// A table `[N, …]` with further extents as given, averaged over the slots of a stage: `[B, M, …]`.
+    #[allow(clippy::too_many_arguments)]
     fn mean(
         &mut self,
         id: NodeId,

@@ -5,6 +5,7 @@
 
 use vitrim_ir::{Attribute, DataType, Effect, FusedAttention, NodeId, Span, Tensor, ValueId};
 
+use super::precision::Coding;
 use super::{Reduction, Rewriter};
 use crate::Refusal;
 use crate::recognise::Core;
@@ -76,12 +77,28 @@ impl Rewriter<'_> {
             let row = self.with_axes("Squeeze", log_size, &[2], &format!("{hint}/log_size_row"));
             self.spread(row, &[keys], &frame, &format!("{hint}/log_size"))
         };
-        let dtype = self.dtype(scores);
-        let bias = self.cast(bias, DataType::F32, dtype, &format!("{hint}/log_size_as_scores"));
         let current = self.replacement(scores);
-        let biased = self.patch.op("Add", &format!("{hint}/proportional"), &[current, bias], &[]);
-        self.patch.rewire(id, 0, biased);
+        let coding = self.coding_of_operand(node, 0).ok_or_else(|| self.unscaled(id))?;
+        if let Coding::Plain(dtype) = coding {
+            let bias = self.cast(bias, DataType::F32, dtype, &format!("{hint}/log_size_as_scores"));
+            let biased = self.patch.op("Add", &format!("{hint}/proportional"), &[current, bias], &[]);
+            self.patch.rewire(id, 0, biased);
+            return Ok(());
+        }
+        // Quantised scores were scaled to what they range over by themselves: the softmax of the sum is one of floats.
+        let numbers = self.as_f32(current, coding, &format!("{hint}/scores"));
+        let biased = self.patch.op("Add", &format!("{hint}/proportional"), &[numbers, bias], &[]);
+        let axis = [("axis", Attribute::Int(keys as i64))];
+        let softmax = self.patch.op("Softmax", &format!("{hint}/weights"), &[biased], &axis);
+        let coding = self.coding_of_result(node).ok_or_else(|| self.unscaled(id))?;
+        let quantised = self.as_coded(softmax, coding, &format!("{hint}/weights_quantised"));
+        self.patch.rewire_uses(graph, weights, quantised, |_| true);
+        self.replaced.insert(weights, quantised);
         Ok(())
+    }
+
+    fn unscaled(&self, id: NodeId) -> Refusal {
+        self.pinned(id, "it takes or gives integers, and what they stand for is not known")
     }
 
     /// Whether a decomposed attention has values `[B, H, N, d]` in float32: then its scores need not be touched.
@@ -181,13 +198,17 @@ impl Rewriter<'_> {
             let row = self.with_axes("Squeeze", size, &[2], &format!("{hint}/pooled_size_row"));
             self.spread(row, &[axis], &frame, &format!("{hint}/pooled_size"))
         };
-        let dtype = self.dtype(operand);
-        let keep = if node.is("GlobalAveragePool") { 1 } else { node.int("keepdims").unwrap_or(1) };
+        // What is no quantised operator takes integers for the numbers that they are.
+        let plain = Coding::Plain(self.dtype(operand));
+        let coding = self.coding_of_operand(node, 0).unwrap_or(plain);
+        let result_coding = self.coding_of_result(node).unwrap_or(plain);
+        let global = matches!(node.op.name.as_str(), "GlobalAveragePool" | "QLinearGlobalAveragePool");
+        let keep = if global { 1 } else { node.int("keepdims").unwrap_or(1) };
         let keep = ("keepdims", Attribute::Int(keep));
         let axes = self.patch.constant(&format!("{hint}/pool_axis"), Tensor::shape(&[axis as i64]));
         // The operand may be the merged stream itself.
         let operand = self.replacement(operand);
-        let tokens = self.cast(operand, dtype, DataType::F32, &format!("{hint}/tokens_f32"));
+        let tokens = self.as_f32(operand, coding, &format!("{hint}/tokens"));
         let weighted = self.patch.op("Mul", &format!("{hint}/weighted"), &[tokens, weights], &[]);
         let sum =
             self.patch.op("ReduceSum", &format!("{hint}/weighted_sum"), &[weighted, axes], std::slice::from_ref(&keep));
@@ -197,19 +218,12 @@ impl Rewriter<'_> {
         } else {
             sum
         };
-        let pooled = self.cast(pooled, DataType::F32, dtype, &format!("{hint}/pooled_as_tokens"));
+        let pooled = self.as_coded(pooled, result_coding, &format!("{hint}/pooled_as_tokens"));
         self.patch.rewire_uses(self.graph, result, pooled, |_| true);
         for slot in self.graph.output_slots(result).collect::<Vec<_>>() {
             self.patch.replace_output(slot, pooled);
         }
         Ok(())
-    }
-
-    pub(super) fn cast(&mut self, value: ValueId, from: DataType, to: DataType, hint: &str) -> ValueId {
-        if from == to {
-            return value;
-        }
-        self.patch.op("Cast", hint, &[value], &[("to", Attribute::Int(to.code().into()))])
     }
 }
 

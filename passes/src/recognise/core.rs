@@ -1,8 +1,8 @@
 //! Attention cores: where queries meet keys, and the weights meet values.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 
-use vitrim_ir::{Expr, FusedAttention, Graph, NodeId, Shapes, ValueId};
+use vitrim_ir::{Expr, FusedAttention, Graph, Node, NodeId, Shapes, ValueId};
 
 /// An attention, found by its softmax; not yet known to run over tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +73,7 @@ const BETWEEN: &[&str] = &[
     "IsNaN",
     "Identity",
     "Dropout",
+    "DynamicQuantizeLinear",
     "Reshape",
     "Squeeze",
     "Unsqueeze",
@@ -92,11 +93,11 @@ const BETWEEN: &[&str] = &[
 /// How many of them are followed.
 const MAX_BETWEEN: usize = 8;
 
-fn is_product(graph: &Graph, id: NodeId) -> bool {
-    matches!(
-        graph.node(id).op.name.as_str(),
-        "MatMul" | "FusedMatMul" | "Einsum" | "Gemm" | "MatMulInteger" | "QLinearMatMul"
-    )
+/// Whether a node normalises scores: a softmax, by itself, of quantised scores, or with the bias that is added to them.
+fn is_softmax(graph: &Graph, id: NodeId) -> bool {
+    let node = graph.node(id);
+    let contrib = node.op.domain == "com.microsoft";
+    node.is("Softmax") || contrib && matches!(node.op.name.as_str(), "QLinearSoftmax" | "BiasSoftmax")
 }
 
 /// Attentions of the same block: none of them reaches another.
@@ -129,7 +130,7 @@ pub(super) fn find_cores(graph: &Graph, shapes: &Shapes) -> Vec<Core> {
             let [query, key, value] = fused.slots();
             let slots = Slots { query, key, value };
             cores.push(Core { softmax: id, scores: id, mix: id, slots, fused: Some(fused) });
-        } else if node.is("Softmax") {
+        } else if is_softmax(graph, id) {
             cores.extend(core_of(graph, shapes, id));
         }
     }
@@ -138,62 +139,67 @@ pub(super) fn find_cores(graph: &Graph, shapes: &Shapes) -> Vec<Core> {
 
 fn core_of(graph: &Graph, shapes: &Shapes, softmax: NodeId) -> Option<Core> {
     let scores = product_before(graph, shapes, graph.node(softmax).input(0)?)?;
-    let (mix, weights_slot) = product_after(graph, shapes, graph.node(softmax).output(0)?)?;
-    let mix_node = graph.node(mix);
-    let value_slot = if mix_node.op.name == "QLinearMatMul" { 3 - weights_slot } else { 1 - weights_slot.min(1) };
-    let right = if graph.node(scores).op.name == "QLinearMatMul" { 3 } else { 1 };
-    Some(Core { softmax, scores, mix, slots: Slots { query: 0, key: right, value: value_slot }, fused: None })
+    let [query, key] = graph.node(scores).factors()?;
+    let (mix, weights) = product_after(graph, shapes, graph.node(softmax).output(0)?)?;
+    let value = graph.node(mix).factors()?.into_iter().find(|&slot| slot != weights)?;
+    Some(Core { softmax, scores, mix, slots: Slots { query, key, value }, fused: None })
 }
 
-/// The product that the softmax's operand comes from.
-fn product_before(graph: &Graph, shapes: &Shapes, mut value: ValueId) -> Option<NodeId> {
-    let mut learned = None;
-    for _ in 0..MAX_BETWEEN {
-        let Some((id, _)) = graph.producer(value) else { return learned };
+/// The product that the softmax's operand comes from: the nearest of two tensors that depend on the image. A bias that is
+/// computed beside the scores multiplies one with a table; so do learned queries, and what mixes heads behind the scores.
+fn product_before(graph: &Graph, shapes: &Shapes, scores: ValueId) -> Option<NodeId> {
+    let mut open = VecDeque::from([(scores, 0)]);
+    let mut seen = HashSet::new();
+    let mut other = None;
+    while let Some((value, depth)) = open.pop_front() {
+        let Some((id, _)) = graph.producer(value) else { continue };
         let node = graph.node(id);
-        let mut data = node.operands().filter(|&operand| shapes.is_data(operand));
-        if is_product(graph, id) {
-            if node.operands().filter(|&operand| shapes.is_data(operand)).count() > 1 {
+        let is_data = |operand: &ValueId| shapes.is_data(*operand);
+        if node.factors().is_some() {
+            if data_factors(shapes, node) > 1 {
                 return Some(id);
             }
-            // Learned queries, or a mixture of heads behind the scores.
-            learned = learned.or(Some(id));
-        } else if !BETWEEN.contains(&node.op.name.as_str()) {
-            return learned;
+            other = other.or(Some(id));
         }
-        let Some(next) = data.next() else { return learned };
-        value = next;
-        if let Some(other) = data.next() {
-            // A computed bias beside the scores: take the operand that leads to a product directly.
-            let direct = |value: ValueId| graph.producer(value).is_some_and(|(id, _)| is_product(graph, id));
-            if direct(other) && !direct(value) {
-                value = other;
-            }
+        if is_between(graph, id) && depth < MAX_BETWEEN && seen.insert(id) {
+            open.extend(
+                node.data_operands().map(|(_, operand)| operand).filter(is_data).map(|value| (value, depth + 1)),
+            );
         }
     }
-    learned
+    other
 }
 
-/// The product that reads the softmax's result, and the operand slot in which it does.
+/// How many factors of a product depend on the image.
+fn data_factors(shapes: &Shapes, node: &Node) -> usize {
+    let factors = node.factors().into_iter().flatten().filter_map(|slot| node.input(slot));
+    factors.filter(|&factor| shapes.is_data(factor)).count()
+}
+
+/// The nearest product that reads the softmax's result, and the operand slot in which it does. A product with a table mixes
+/// heads.
 fn product_after(graph: &Graph, shapes: &Shapes, weights: ValueId) -> Option<(NodeId, usize)> {
-    let mut open = vec![(weights, 0)];
+    let mut open = VecDeque::from([(weights, 0)]);
     let mut seen = HashSet::new();
-    while let Some((value, depth)) = open.pop() {
+    while let Some((value, depth)) = open.pop_front() {
         for used in graph.value(value).uses() {
             let Some(slot) = used.slot else { continue };
-            let product = is_product(graph, used.node);
-            let mixes_heads = || {
-                let data = graph.node(used.node).operands().filter(|&operand| shapes.is_data(operand)).count();
-                data < 2 && graph.value(value).uses().len() == 1
-            };
-            if product && !mixes_heads() {
+            let node = graph.node(used.node);
+            let product = node.factors().is_some_and(|factors| factors.contains(&slot));
+            if product && data_factors(shapes, node) > 1 {
                 return Some((used.node, slot));
             }
-            let between = product || BETWEEN.contains(&graph.node(used.node).op.name.as_str());
-            if between && depth < MAX_BETWEEN && seen.insert(used.node) {
-                open.extend(graph.node(used.node).results().map(|result| (result, depth + 1)));
+            // The first result has the weights; others are the scale of a quantisation, say.
+            if is_between(graph, used.node) && depth < MAX_BETWEEN && seen.insert(used.node) {
+                open.extend(node.output(0).map(|result| (result, depth + 1)));
             }
         }
     }
     None
+}
+
+/// Products with a table count: they mix heads.
+fn is_between(graph: &Graph, id: NodeId) -> bool {
+    let node = graph.node(id);
+    BETWEEN.contains(&node.op.name.as_str()) || node.factors().is_some()
 }

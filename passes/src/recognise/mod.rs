@@ -308,7 +308,12 @@ impl Recogniser<'_> {
         let image = (self.content.image_of(origin_node))
             .ok_or_else(|| Refusal::NotAVit("the first attention reads no image".into()))?;
         let axes = self.tokens(origin, cores)?;
-        let blocks = self.blocks(&groups, &axes)?;
+        // A pin between two attentions also leaves the first of them without a stream to cut: it is the better reason.
+        let pinned = || axes.pins().find(|(node, _)| self.leads_to_attention(*node, cores, &axes));
+        let blocks = self.blocks(&groups, &axes).map_err(|refusal| match pinned() {
+            Some((node, reason)) => Refusal::Pinned { node: graph.describe(node), reason: reason.into() },
+            None => refusal,
+        })?;
         self.check_cores(cores, &axes)?;
         let special = special::find(graph, self.shapes, &axes);
         let last = blocks.last().map(|block| block.cut).unwrap_or(first_cut);
@@ -318,9 +323,7 @@ impl Recogniser<'_> {
         for (node, reason) in axes.pins().filter(|(node, _)| !self.content.leaves_out(*node)) {
             let pin =
                 Pin { node, name: graph.describe(node), op: graph.node(node).op.to_string(), reason: reason.into() };
-            let reached = Flow::towards(self.content, &[node]).reached_from(node);
-            let inside = cores.iter().any(|core| reached.contains(&core.softmax) && !is_pool(core, &axes, graph));
-            if inside || !after_core.contains(&node) {
+            if self.leads_to_attention(node, cores, &axes) || !after_core.contains(&node) {
                 return Err(Refusal::Pinned { node: pin.name, reason: pin.reason });
             }
             restore_before.push(pin);
@@ -345,6 +348,12 @@ impl Recogniser<'_> {
                 reason: "it attends to what is inside each of the tokens of the first attention, or to channels".into(),
             }),
         }
+    }
+
+    /// Whether content of `node` reaches an attention that is no pooling.
+    fn leads_to_attention(&self, node: NodeId, cores: &[Core], axes: &Axes) -> bool {
+        let reached = Flow::towards(self.content, &[node]).reached_from(node);
+        cores.iter().any(|core| reached.contains(&core.softmax) && !is_pool(core, axes, self.graph))
     }
 
     /// The earliest node after a group of cores that all content passes on its way to the next group (or, after the last

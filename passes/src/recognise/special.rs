@@ -39,12 +39,12 @@ pub(super) fn find(graph: &Graph, shapes: &Shapes, axes: &Axes) -> Joined {
     for _ in 0..10_000 {
         let Some((id, _)) = graph.producer(value) else { break };
         let node = graph.node(id);
-        let first = node.operands().find(|&operand| shapes.is_data(operand));
+        let first = node.data_operands().map(|(_, operand)| operand).find(|&operand| shapes.is_data(operand));
         let next = match node.op.name.as_str() {
-            "Concat" if place(shapes, value, node.int("axis").unwrap_or(0)) == Some(axis) => {
+            "Concat" | "QLinearConcat" if place(shapes, value, node.int("axis").unwrap_or(0)) == Some(axis) => {
                 let extent = |operand: ValueId| shapes.dims(operand).and_then(|dims| dims.get(axis).cloned());
                 // The patches are the longest part that comes from the input; one of unknown length is.
-                let operands: Vec<ValueId> = node.operands().collect();
+                let operands: Vec<ValueId> = node.data_operands().map(|(_, value)| value).collect();
                 let length =
                     |at: &usize| extent(operands[*at]).and_then(|extent| extent.as_known()).unwrap_or(i64::MAX);
                 let from_input = (0..operands.len()).rev().filter(|&at| shapes.is_data(operands[at]));
@@ -105,7 +105,8 @@ pub(super) fn find(graph: &Graph, shapes: &Shapes, axes: &Axes) -> Joined {
                 axis = only;
                 first
             }
-            "Conv" | "MatMul" | "Gemm" | "Einsum" => break,
+            "Conv" | "ConvInteger" | "QLinearConv" | "FusedConv" => break,
+            _ if node.factors().is_some() => break,
             _ => first,
         };
         match next {

@@ -7,11 +7,10 @@ use crate::{Expr, ValueId};
 
 impl Context<'_> {
     pub(super) fn elementwise(&self, node: &Node) -> Transfer {
-        let operands: Vec<(usize, ValueId)> =
-            node.inputs.iter().enumerate().filter_map(|(slot, value)| Some((slot, (*value)?))).collect();
+        let operands: Vec<(usize, ValueId)> = node.data_operands().collect();
         let operands = match node.op.name.as_str() {
             // Ratio, training flag, bounds and target types are no tensors along the tokens.
-            "Dropout" | "Clip" | "CastLike" => operands[..1].to_vec(),
+            "Dropout" | "Clip" | "CastLike" => operands.into_iter().take(1).collect(),
             _ => operands,
         };
         if node.is("Where") && self.where_replaces_nan(node) {
@@ -85,8 +84,7 @@ impl Context<'_> {
     pub(super) fn quantize(&self, node: &Node) -> Transfer {
         let layout = self.operand(node, 0)?;
         for value in node.operands().skip(1) {
-            let per_axis = self.dims(value)?.iter().any(|dim| !dim.is(1));
-            if per_axis {
+            if !self.is_single(value)? {
                 let axis = self.axis(node.int("axis").unwrap_or(1), layout.rank())?;
                 if layout.0[axis].has_tokens() || node.int("block_size").unwrap_or(0) != 0 {
                     return Err("it is quantised with a scale for each token".into());
@@ -94,6 +92,37 @@ impl Context<'_> {
             }
         }
         Ok(Flow::of(layout.clone()))
+    }
+
+    /// Integers of tokens must stand for numbers by one scale and zero point: one for each row of a product, say, would
+    /// be one for each token. `quantize` knows the axis of its scales and looks closer.
+    pub(super) fn one_scale(&self, node: &Node) -> Result<(), String> {
+        if matches!(node.op.name.as_str(), "QuantizeLinear" | "DequantizeLinear") {
+            return Ok(());
+        }
+        let carries = |slot: &usize| self.layout(node.input(*slot)).is_some();
+        let operands = node.quantised_operands().into_iter().filter(|(slot, _)| carries(slot));
+        for quantisation in operands.map(|(_, quantisation)| quantisation).chain(node.quantised_result()) {
+            for slot in quantisation.slots() {
+                if let Some(value) = node.input(slot)
+                    && !self.is_single(value)?
+                {
+                    return Err("its tokens are quantised with several scales".into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A bias, and then one half of the channels times the activation of the other.
+    pub(super) fn halve_channels(&self, node: &Node) -> Transfer {
+        let mut layout = self.operand(node, 0)?.clone();
+        let channels = self.result_dims(node, 0)?.last().ok_or("no result")?;
+        match layout.0.last_mut() {
+            Some(last) if !last.has_tokens() => *last = Axis::plain(channels),
+            _ => return Err("it joins one half of the tokens with the other".into()),
+        }
+        Ok(Flow::of(layout))
     }
 
     pub(super) fn expand(&self, node: &Node) -> Transfer {

@@ -5,6 +5,8 @@ mod elementwise;
 mod moving;
 mod products;
 mod reductions;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, HashSet};
 
@@ -56,31 +58,33 @@ impl Context<'_> {
         if let Some(fused) = FusedAttention::of(self.graph, node) {
             return self.attention(node, &fused);
         }
+        self.one_scale(node)?;
         match node.op.name.as_str() {
-            "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "Relu"
-            | "LeakyRelu" | "Elu" | "Celu" | "Selu" | "PRelu" | "HardSigmoid" | "HardSwish" | "Mish" | "Swish"
-            | "Sigmoid" | "Tanh" | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal" | "Neg" | "Abs"
-            | "Sign" | "Floor" | "Ceil" | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin" | "Cos" | "CastLike"
-            | "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod" | "And" | "Or" | "Xor"
-            | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where" | "SwiGLU" | "BitCast" => {
-                self.elementwise(node)
-            }
+            "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "BiasAdd"
+            | "Relu" | "LeakyRelu" | "Elu" | "Celu" | "Selu" | "PRelu" | "HardSigmoid" | "HardSwish" | "Mish"
+            | "Swish" | "Sigmoid" | "Tanh" | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal"
+            | "Neg" | "Abs" | "Sign" | "Floor" | "Ceil" | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin"
+            | "Cos" | "CastLike" | "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod"
+            | "And" | "Or" | "Xor" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where"
+            | "SwiGLU" | "BitCast" | "QLinearAdd" | "QLinearMul" | "QLinearSigmoid" | "QLinearLeakyRelu"
+            | "QLinearWhere" => self.elementwise(node),
+            "BiasSplitGelu" => self.halve_channels(node),
             "QuantizeLinear" | "DequantizeLinear" => self.quantize(node),
             "DynamicQuantizeLinear" => Ok(Flow::of(self.operand(node, 0)?.clone())),
-            "MatMul" | "MatMulInteger" => self.matmul(node, 0, 1, false, false),
-            "QLinearMatMul" => self.matmul(node, 0, 3, false, false),
-            "FusedMatMul" => {
-                let flag = |name: &str| node.int(name).unwrap_or(0) != 0;
-                if flag("transBatchA") || flag("transBatchB") {
-                    return Err("it transposes batch axes".into());
-                }
-                self.matmul(node, 0, 1, flag("transA"), flag("transB"))
-            }
-            "Gemm" => {
-                let flag = |name: &str| node.int(name).unwrap_or(0) != 0;
-                self.matmul(node, 0, 1, flag("transA"), flag("transB"))
-            }
-            "MatMulNBits" => self.nbits(node),
+            "MatMul"
+            | "Gemm"
+            | "FusedMatMul"
+            | "TransposeMatMul"
+            | "FusedMatMulActivation"
+            | "FusedGemm"
+            | "GemmFastGelu"
+            | "MatMulInteger"
+            | "MatMulInteger16"
+            | "MatMulIntegerToFloat"
+            | "DynamicQuantizeMatMul"
+            | "QLinearMatMul"
+            | "QGemm" => self.matmul(node),
+            "MatMulNBits" | "MatMulBnb4" | "MatMulFpQ4" => self.packed_weights(node),
             "Einsum" => self.einsum(node),
             "Transpose" => self.transpose(node),
             "Reshape" | "Flatten" => self.reshape(node),
@@ -89,21 +93,25 @@ impl Context<'_> {
             "Split" => self.split(node),
             "Slice" => self.slice(node),
             "Gather" => self.gather(node),
-            "Concat" => self.concat(node),
+            "Concat" | "QLinearConcat" => self.concat(node),
             "Expand" => self.expand(node),
             "Tile" => self.tile(node),
             "Pad" => self.pad(node),
             "TopK" | "CumSum" => self.along_axis(node),
-            "Softmax" | "LogSoftmax" => self.softmax(node),
+            "Softmax" | "LogSoftmax" | "BiasSoftmax" | "QLinearSoftmax" => self.softmax(node),
             "LayerNormalization" | "RMSNormalization" | "SimplifiedLayerNormalization" | "LpNormalization" => {
                 self.layer_norm(node)
             }
             _ if SkipNorm::of(node).is_some() => self.skip_norm(node),
             "BatchNormalization" => self.per_channel(node),
-            "Conv" => self.pointwise_conv(node),
+            "GroupNormalization" | "InstanceNormalization" | "GroupNorm" => self.norm_per_image(node),
+            "Conv" | "FusedConv" | "ConvInteger" => self.pointwise_conv(node, 1),
+            "QLinearConv" => self.pointwise_conv(node, 3),
             "ReduceMean" | "ReduceSum" | "ReduceMax" | "ReduceMin" | "ReduceL1" | "ReduceL2" | "ReduceSumSquare"
-            | "ReduceProd" | "ReduceLogSumExp" | "ReduceLogSum" | "ArgMax" | "ArgMin" => self.reduce(node),
-            "GlobalAveragePool" | "GlobalMaxPool" => self.global_pool(node),
+            | "ReduceProd" | "ReduceLogSumExp" | "ReduceLogSum" | "ArgMax" | "ArgMin" | "QLinearReduceMean" => {
+                self.reduce(node)
+            }
+            "GlobalAveragePool" | "GlobalMaxPool" | "QLinearGlobalAveragePool" => self.global_pool(node),
             "Shape" | "Size" => Ok(Flow::default()),
             _ => Err(format!("there is no rule for the operator {}", node.op)),
         }
@@ -153,6 +161,11 @@ impl Context<'_> {
             Ok::<_, String>((at, span))
         };
         Ok(Some(Effect::Table { slot, axes: along().map(entry).collect::<Result<_, _>>()? }))
+    }
+
+    /// Whether `value` holds one number.
+    fn is_single(&self, value: ValueId) -> Result<bool, String> {
+        Ok(self.dims(value)?.iter().all(|dim| dim.is(1)))
     }
 
     /// Known integers of an operand, or of an attribute in older operator sets.

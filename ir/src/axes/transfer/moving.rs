@@ -282,7 +282,7 @@ impl Context<'_> {
     pub(super) fn concat(&self, node: &Node) -> Transfer {
         let dims = self.result_dims(node, 0)?;
         let axis = self.axis(node.int("axis").unwrap_or(0), dims.len())?;
-        let operands: Vec<ValueId> = node.operands().collect();
+        let operands: Vec<ValueId> = node.data_operands().map(|(_, value)| value).collect();
         let along = |value: &ValueId| self.layout(Some(*value)).is_some_and(|layout| layout.0[axis].has_tokens());
         let joined = match operands.iter().position(along) {
             None => Axis::plain(&dims[axis]),

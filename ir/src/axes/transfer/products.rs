@@ -8,31 +8,14 @@ use crate::axes::{Axis, Effect, Layout, Span};
 use crate::graph::Node;
 
 impl Context<'_> {
-    pub(super) fn matmul(
-        &self,
-        node: &Node,
-        left: usize,
-        right: usize,
-        trans_left: bool,
-        trans_right: bool,
-    ) -> Transfer {
-        let right_slot = right;
-        let (left, right) = (node.input(left).ok_or("no operand")?, node.input(right).ok_or("no operand")?);
-        let (mut a, mut b) = (self.axes(left)?, self.axes(right)?);
-        let summed = b.len().wrapping_sub(if trans_right { 1 } else { 2 });
-        if a.len() < 2 || b.len() < 2 {
-            return Err("it multiplies by a vector".into());
-        }
-        let swap = |axes: &mut Vec<Axis>| {
-            let rank = axes.len();
-            axes.swap(rank - 1, rank - 2);
-        };
-        if trans_left {
-            swap(&mut a);
-        }
-        if trans_right {
-            swap(&mut b);
-        }
+    /// Products of two matrices, with a bias or without, of floats or of integers.
+    pub(super) fn matmul(&self, node: &Node) -> Transfer {
+        let slots = node.factors().ok_or("it multiplies no matrices")?;
+        let [Some(left), Some(right)] = slots.map(|slot| node.input(slot)) else { return Err("no operand".into()) };
+        let flag = |name: &str| node.int(name).unwrap_or(0) != 0;
+        let mut a = self.matrices(left, flag("transA"), flag("transBatchA"))?;
+        let mut b = self.matrices(right, flag("transB"), flag("transBatchB"))?;
+        let summed = b.len().wrapping_sub(if flag("transB") { 1 } else { 2 });
         let (inner_a, rows) = (a.pop().unwrap_or_default(), a.pop().unwrap_or_default());
         let (columns, inner_b) = (b.pop().unwrap_or_default(), b.pop().unwrap_or_default());
         let carried = (self.layout(Some(left)).is_some(), self.layout(Some(right)).is_some());
@@ -40,19 +23,36 @@ impl Context<'_> {
         let mut axes = batch_axes(&a, &b)?;
         axes.push(rows.with_weights(false));
         axes.push(columns.with_weights(false));
-        if let Some(bias) = node.input(2).filter(|_| node.op.name == "Gemm") {
-            let tokens_at = |from_end: usize| axes[axes.len() - from_end].has_tokens();
+        if let Some(bias) = node.bias().and_then(|slot| node.input(slot)) {
+            let tokens_at = |from_end: usize| axes.iter().rev().nth(from_end).is_some_and(Axis::has_tokens);
             for (at, dim) in self.axes(bias)?.iter().rev().enumerate() {
-                if !dim.atoms().is_empty() && tokens_at(at + 1) {
+                if !dim.atoms().is_empty() && tokens_at(at) {
                     return Err("its bias has an entry for each token".into());
                 }
             }
         }
         let flow = Flow::of(Layout(axes));
         Ok(match span {
-            Some(span) => flow.with(Effect::Contract { slot: right_slot, axis: summed, span }),
+            Some(_) if flag("transBatchB") => return Err("it sums over tokens beside transposed batch axes".into()),
+            Some(span) => flow.with(Effect::Contract { slot: slots[1], axis: summed, span }),
             None => flow,
         })
+    }
+
+    /// The axes of an operand as batch, rows, columns.
+    fn matrices(&self, value: ValueId, transposed: bool, batch_inside: bool) -> Result<Vec<Axis>, String> {
+        let mut axes = self.axes(value)?;
+        let rank = axes.len();
+        if rank < 2 {
+            return Err("it multiplies by a vector".into());
+        }
+        if batch_inside {
+            axes[..rank - 1].rotate_left(1);
+        }
+        if transposed {
+            axes.swap(rank - 1, rank - 2);
+        }
+        Ok(axes)
     }
 
     pub(super) fn axes(&self, value: ValueId) -> Result<Vec<Axis>, String> {
@@ -78,7 +78,8 @@ impl Context<'_> {
         }
     }
 
-    pub(super) fn nbits(&self, node: &Node) -> Transfer {
+    /// A product with weights of a few bits each, packed: their shape does not show in the operand.
+    pub(super) fn packed_weights(&self, node: &Node) -> Transfer {
         let mut layout = self.operand(node, 0)?.clone();
         let columns = self.result_dims(node, 0)?.last().ok_or("no result")?;
         match layout.0.last_mut() {

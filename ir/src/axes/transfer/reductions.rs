@@ -6,22 +6,30 @@ use crate::graph::Node;
 
 impl Context<'_> {
     pub(super) fn softmax(&self, node: &Node) -> Transfer {
-        let layout = self.operand(node, 0)?;
-        let default = if self.opset < 13 { 1 } else { -1 };
-        let axis = self.axis(node.int("axis").unwrap_or(default), layout.rank())?;
-        // Before version 13 everything from the axis on was normalised together.
-        let covered = if self.opset < 13 { axis..layout.rank() } else { axis..axis + 1 };
+        let (biased, quantised) = (node.op.name == "BiasSoftmax", node.op.name == "QLinearSoftmax");
+        let Flow { layouts, mut effects } = match (node.input(0), node.input(1)) {
+            (Some(scores), Some(bias)) if biased => self.broadcast(&[(0, scores), (1, bias)])?,
+            _ => Flow::of(self.operand(node, 0)?.clone()),
+        };
+        let layout = layouts.into_iter().flatten().next().unwrap_or_default();
+        // The quantised form says which version of the standard one it was made from.
+        let version = if quantised { node.int("opset").unwrap_or(self.opset) } else { self.opset };
+        // Before version 13 everything from the axis on was normalised together; the biased form still does.
+        let joint = biased || version < 13;
+        let axis = self.axis(node.int("axis").unwrap_or(if joint && !quantised { 1 } else { -1 }), layout.rank())?;
+        let covered = if joint { axis..layout.rank() } else { axis..axis + 1 };
         let tokens: Vec<usize> = covered.clone().filter(|&at| layout.0[at].has_tokens()).collect();
         match tokens.as_slice() {
-            [] => Ok(Flow::of(layout.clone())),
+            [] => Ok(Flow { layouts: vec![Some(layout)], effects }),
             [only]
                 if layout.0[*only].only_tokens().is_some()
                     && covered.clone().all(|at| at == *only || layout.0[at].atoms().is_empty())
-                    && node.is("Softmax") =>
+                    && node.op.name != "LogSoftmax" =>
             {
                 let mut out = Layout(layout.0.iter().map(|axis| axis.with_weights(false)).collect());
                 out.0[*only] = out.0[*only].with_weights(true);
-                Ok(Flow::of(out).with(Effect::Attend))
+                effects.push(Effect::Attend);
+                Ok(Flow { layouts: vec![Some(out)], effects })
             }
             _ => Err("it normalises over tokens and more, or over part of them".into()),
         }
@@ -64,19 +72,33 @@ impl Context<'_> {
         }
     }
 
-    pub(super) fn pointwise_conv(&self, node: &Node) -> Transfer {
+    /// Normalisation over all of an image, in groups of channels.
+    pub(super) fn norm_per_image(&self, node: &Node) -> Transfer {
+        let layout = self.operand(node, 0)?;
+        match layout.0.split_first() {
+            Some((_, rest)) if !rest.iter().any(Axis::has_tokens) => Ok(Flow::of(layout.clone())),
+            _ => Err("it normalises over the tokens".into()),
+        }
+    }
+
+    /// A convolution whose kernel, operand `kernel`, covers one position: a matrix product with the channels.
+    pub(super) fn pointwise_conv(&self, node: &Node, kernel: usize) -> Transfer {
         let layout = self.operand(node, 0)?;
         let ones = |name: &str| node.ints(name).is_none_or(|values| values.iter().all(|&x| x == 1));
         let zeros = |name: &str| node.ints(name).is_none_or(|values| values.iter().all(|&x| x == 0));
-        let weight = self.dims(node.input(1).ok_or("no kernel")?)?;
-        if !(weight[2..].iter().all(|dim| dim.is(1)) && ones("strides") && zeros("pads")) {
+        let weight = self.dims(node.input(kernel).ok_or("no kernel")?)?;
+        let [out_channels, _, space @ ..] = weight else { return Err("its kernel has too low a rank".into()) };
+        if node.op.name == "FusedConv" && node.input(3).is_some() {
+            return Err("it adds another tensor to what it convolves".into());
+        }
+        if !(space.iter().all(|dim| dim.is(1)) && ones("strides") && zeros("pads")) {
             return Err("it convolves neighbouring tokens".into());
         }
         if layout.0.get(1).is_none_or(Axis::has_tokens) {
             return Err("it multiplies the token axis with a matrix of fixed size".into());
         }
         let mut out = layout.clone();
-        out.0[1] = Axis::plain(&weight[0]);
+        out.0[1] = Axis::plain(out_channels);
         Ok(Flow::of(out))
     }
 
@@ -84,7 +106,11 @@ impl Context<'_> {
         let layout = self.operand(node, 0)?;
         let rank = layout.rank();
         let arg = node.op.name.starts_with("Arg");
-        let axes = if arg { Some(vec![node.int("axis").unwrap_or(0)]) } else { self.ints(node, 1, "axes")? };
+        let axes = match node.op.name.as_str() {
+            _ if arg => Some(vec![node.int("axis").unwrap_or(0)]),
+            "QLinearReduceMean" => node.ints("axes").map(<[i64]>::to_vec),
+            _ => self.ints(node, 1, "axes")?,
+        };
         let axes = match axes {
             Some(axes) if !axes.is_empty() => {
                 axes.iter().map(|&axis| self.axis(axis, rank)).collect::<Result<Vec<_>, _>>()?
@@ -108,7 +134,7 @@ impl Context<'_> {
             [axis] if axes.len() == 1 => {
                 let span = layout.0[*axis].only_tokens().ok_or("it reduces tokens together with something else")?;
                 match node.op.name.as_str() {
-                    "ReduceMean" => Ok(flow.with(Effect::Pool { span, axis: *axis, mean: true })),
+                    "ReduceMean" | "QLinearReduceMean" => Ok(flow.with(Effect::Pool { span, axis: *axis, mean: true })),
                     "ReduceSum" => Ok(flow.with(Effect::Pool { span, axis: *axis, mean: false })),
                     "ReduceMax" | "ReduceMin" => Ok(flow.with(Effect::Extreme)),
                     _ => Err(format!("{} over tokens depends on their number", node.op)),
@@ -120,14 +146,16 @@ impl Context<'_> {
 
     pub(super) fn global_pool(&self, node: &Node) -> Transfer {
         let layout = self.operand(node, 0)?;
-        let over: Vec<usize> = (2..layout.rank()).filter(|&axis| layout.0[axis].has_tokens()).collect();
+        let channels_last = node.int("channels_last").unwrap_or(0) != 0;
+        let space = if channels_last { 1..layout.rank().max(2) - 1 } else { 2.min(layout.rank())..layout.rank() };
+        let over: Vec<usize> = space.clone().filter(|&axis| layout.0[axis].has_tokens()).collect();
         let mut out = layout.clone();
-        out.0[2..].fill(Axis::default());
+        out.0.get_mut(space).ok_or("its operand has too low a rank")?.fill(Axis::default());
         match over.as_slice() {
             [] => Ok(Flow::of(out)),
             [axis] if layout.rank() == 3 => {
                 let span = layout.0[*axis].only_tokens().ok_or("it pools tokens together with something else")?;
-                let mean = node.is("GlobalAveragePool");
+                let mean = node.op.name != "GlobalMaxPool";
                 Ok(Flow::ends(if mean { Effect::Pool { span, axis: *axis, mean } } else { Effect::Extreme }))
             }
             _ => Err("it pools tokens together with something else".into()),
