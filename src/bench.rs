@@ -184,7 +184,7 @@ fn at_batch(
 
 /// Runs `count` models in turns, each round in the opposite order of the one before, until there are `rounds` rounds
 /// and `min_time` is measured. Returns seconds by model and round.
-fn interleave(
+pub fn interleave(
     count: usize,
     warm_up: usize,
     rounds: usize,

@@ -23,6 +23,13 @@ const VALUE_TOLERANCE: f64 = 1e-5;
 /// 11 bits (5e-4 each), and everything between is computed in float32.
 const HALF_TOLERANCE: f64 = 2e-3;
 
+/// What means of tables may differ from those in float64. Entries are multiples of 1/1024 below 1, so that float32 has
+/// their sums exactly: what is left is one division, off by 6e-8 at most even by way of a reciprocal.
+const MEAN_TOLERANCE: f64 = 1e-7;
+
+/// The same for a table in float16, whose means are rounded once more: by up to 2.5e-4, half of its step below 1.
+const MEAN_TOLERANCE_HALF: f64 = 2.6e-4;
+
 /// Decisions closer than this depend on the order in which a runtime adds up.
 const MARGIN: f64 = 1e-5;
 
@@ -417,6 +424,68 @@ fn half_precision_tokens_merge_in_single_precision() {
         }
     }
     conclude("float16", count, &failures);
+}
+
+/// What has an entry for each token is averaged over each slot, whether images share the table or not. Slots are uneven:
+/// one has six of eleven tokens, the others one or two.
+#[test]
+fn tables_follow_as_means() {
+    use DataType::{F16, F32, I64};
+    const SLOT_OF: [[usize; 11]; 2] = [[0, 1, 1, 2, 1, 3, 1, 1, 4, 1, 3], [4, 0, 3, 3, 1, 2, 3, 2, 3, 3, 3]];
+    const SLOTS: usize = 5;
+    const WIDTH: usize = 6;
+    let tokens = SLOT_OF[0].len();
+    let assign = ArrayD::from_shape_vec(IxDyn(&[2, tokens]), SLOT_OF.concat()).expect("a slot for every token");
+    let mut sizes: ArrayD<f64> = ArrayD::zeros(IxDyn(&[2, SLOTS, 1]));
+    assign.indexed_iter().for_each(|(at, &slot)| sizes[[at[0], slot, 0]] += 1.0);
+
+    let scratch = Scratch::new("mean");
+    let (mut count, mut failures) = (0, Vec::new());
+    for (rank, dtype) in [(2, F32), (3, F32), (2, F16), (3, F16)] {
+        let (held, tolerance) =
+            if dtype == F16 { (DType::F16, MEAN_TOLERANCE_HALF) } else { (DType::F32, MEAN_TOLERANCE) };
+        let each = numbers([2, tokens, WIDTH], 5);
+        let table = if rank == 2 { each.index_axis_move(Axis(0), 0) } else { each };
+        // Numbers are multiples of 1/1024 up to 1: both types hold them as they are.
+        let table = Tensor::from_f64(held, &table);
+        let rows = table.to_f64();
+        let expected = ArrayD::from_shape_fn(IxDyn(&[2, SLOTS, WIDTH]), |at| {
+            let own = |&token: &usize| assign[[at[0], token]] == at[1];
+            let entry = |token| if rank == 2 { rows[[token, at[2]]] } else { rows[[at[0], token, at[2]]] };
+            (0..tokens).filter(own).map(entry).sum::<f64>() / sizes[[at[0], at[1], 0]]
+        });
+        let feeds: Feeds = [
+            ("table", table),
+            ("assign", Tensor::from(assign.mapv(|slot| slot as i64))),
+            ("size", Tensor::from_f64(DType::F32, &sizes)),
+        ]
+        .map(|(name, tensor)| (name.to_owned(), tensor))
+        .into_iter()
+        .collect();
+        for opset in OPSETS {
+            let mut calls = Calls::new(opset);
+            let inputs = [("table", dtype, rank), ("assign", I64, 2), ("size", F32, 3)];
+            let inputs = inputs.map(|(name, dtype, rank)| calls.input(name, dtype, rank));
+            let y = calls.op("TokenMean", "mean", &inputs, &[("dtype", dtype.code().into())], 1)[0];
+            calls.output("y", y, dtype, 3);
+            let path = scratch.save("mean", &calls.model());
+            for backend in runtimes() {
+                count += 1;
+                let case = format!("{dtype:?} table of rank {rank} in {}, opset {opset}", backend.name());
+                match try_run(backend.as_ref(), &path, &feeds) {
+                    Ok(outputs) => {
+                        let y = outputs.get("y").expect("an output");
+                        let apart = distance(&Tensor::from(expected.clone()), y);
+                        if y.dtype() != held || apart > tolerance {
+                            failures.push(format!("{case}: {apart:e} off, in {:?}", y.dtype()));
+                        }
+                    }
+                    Err(reason) => failures.push(format!("{case}: {reason}")),
+                }
+            }
+        }
+    }
+    conclude("means", count, &failures);
 }
 
 /// The final slot of every token after several merges: assigns composed as the merge pass composes them.

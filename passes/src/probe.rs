@@ -10,7 +10,7 @@
 
 use std::collections::HashSet;
 
-use vitrim_ir::{Attribute, Effect, Graph, Model, NodeId, Patch, Span, Tensor, ValueId};
+use vitrim_ir::{Atom, Attribute, Axis, Effect, Graph, Layout, Model, NodeId, Patch, Span, Tensor, ValueId};
 
 use crate::Refusal;
 use crate::recognise::VitModel;
@@ -141,16 +141,50 @@ impl Probe<'_> {
         let name = self.graph.value(value).name().to_owned();
         let refuse = |reason: &str| Refusal::Pinned { node: format!("the tensor '{name}'"), reason: reason.into() };
         let layout = self.vit.axes.layout(value).ok_or_else(|| refuse("carries no tokens"))?.clone();
-        for axis in layout.token_axes() {
-            let span = layout.0[axis].only_tokens().ok_or_else(|| refuse("joins tokens with another axis"))?;
+        // Tokens that share an axis with something else get one of their own meanwhile.
+        let apart = tokens_apart(&layout);
+        let shared = apart.rank() > layout.rank();
+        let hint = format!("probe/{name}/{what}");
+        let open = || refuse("joins tokens with another axis, and has several extents that are not fixed");
+        if shared {
+            source = self.reshape(source, &apart, &format!("{hint}/apart")).ok_or_else(open)?;
+        }
+        for axis in apart.token_axes() {
+            let span = apart.0[axis].only_tokens().expect("tokens are alone");
             let part = part_of(order, span).ok_or_else(|| refuse("holds only some of the permuted tokens"))?;
-            let hint = format!("probe/{name}/{what}{axis}");
+            let hint = format!("{hint}{axis}");
             let indices = self.patch.constant(&format!("{hint}/order"), Tensor::shape(&part));
             let along = [("axis", Attribute::Int(axis as i64))];
             source = self.patch.op("Gather", &hint, &[source, indices], &along);
         }
+        if shared {
+            source = self.reshape(source, &layout, &format!("{hint}/joined")).ok_or_else(open)?;
+        }
         Ok(source)
     }
+
+    /// `value` with its elements on the axes of `layout`; `None` if more than one extent is not fixed.
+    fn reshape(&mut self, value: ValueId, layout: &Layout, hint: &str) -> Option<ValueId> {
+        let extent = |axis: &Axis| axis.extent(self.vit.tokens()).and_then(|extent| extent.as_known()).unwrap_or(-1);
+        let shape: Vec<i64> = layout.0.iter().map(extent).collect();
+        if shape.iter().filter(|&&extent| extent < 0).count() > 1 {
+            return None;
+        }
+        let shape = self.patch.constant(&format!("{hint}/shape"), Tensor::shape(&shape));
+        Some(self.patch.op("Reshape", hint, &[value, shape], &[]))
+    }
+}
+
+/// A layout with an axis for every factor of those along which tokens run.
+fn tokens_apart(layout: &Layout) -> Layout {
+    let alone = |atom: &Atom| match atom {
+        Atom::Plain(extent) => Axis::plain(extent),
+        Atom::Tokens { span, .. } => Axis::tokens(*span),
+    };
+    let split = |axis: &Axis| -> Vec<Axis> {
+        if axis.has_tokens() { axis.atoms().iter().map(alone).collect() } else { vec![axis.clone()] }
+    };
+    Layout(layout.0.iter().flat_map(split).collect())
 }
 
 /// The part of a permutation that concerns a span of the tokens, counted from its first; `None` where the permutation
@@ -166,6 +200,8 @@ fn part_of(order: &[usize], span: Span) -> Option<Vec<i64>> {
 
 #[cfg(test)]
 mod tests {
+    use vitrim_ir::Expr;
+
     use super::*;
 
     #[test]
@@ -184,6 +220,15 @@ mod tests {
                 assert!((0..tokens).any(|at| order[order[at]] != at), "its own inverse: {order:?}");
             }
         }
+    }
+
+    #[test]
+    fn tokens_that_share_an_axis_are_put_apart() {
+        let (batch, width) = (Axis::plain(&Expr::symbol("batch")), Axis::plain(&Expr::known(48)));
+        let tokens = Axis::tokens(Span::ALL);
+        let flat = Layout(vec![Axis::join(&batch, &tokens), width.clone()]);
+        assert_eq!(tokens_apart(&flat), Layout(vec![batch, tokens, width]));
+        assert_eq!(tokens_apart(&tokens_apart(&flat)), tokens_apart(&flat));
     }
 
     #[test]

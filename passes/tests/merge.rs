@@ -24,7 +24,8 @@ fn merge(model: &Model, keys: &str) -> Result<Model, Refusal> {
 }
 
 fn refusal(model: &Model, keys: &str) -> String {
-    merge(model, keys).err().expect("a refusal").to_string()
+    // A model is too long to print where there should be none.
+    merge(model, keys).map(|_| ()).unwrap_err().to_string()
 }
 
 /// Compares with `tests/golden/NAME.txt`; `VITRIM_BLESS=1` writes it anew.
