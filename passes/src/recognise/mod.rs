@@ -269,7 +269,16 @@ pub fn towers(model: &Model) -> Result<Vec<Tower>, Refusal> {
 fn find_image_cores(graph: &Graph, shapes: &Shapes, content: &Content<'_>) -> Result<Vec<Core>, Refusal> {
     let mut cores = core::find_cores(graph, shapes);
     if cores.is_empty() {
-        return Err(Refusal::NotAVit("the graph has no attention (no softmax between two matrix products)".into()));
+        let nested = graph.nodes().find(|(_, node)| node.subgraphs().any(normalises));
+        return Err(match nested {
+            Some((node, _)) => Refusal::Pinned {
+                node: graph.describe(node),
+                reason: "it has the attention in a graph of its own, where tokens are not followed; export the model \
+                         without loops and branches"
+                    .into(),
+            },
+            None => Refusal::NotAVit("the graph has no attention (no softmax between two matrix products)".into()),
+        });
     }
     cores.retain(|core| graph.node(core.softmax).results().any(|value| content.contains(value)));
     if cores.is_empty() {
@@ -278,6 +287,11 @@ fn find_image_cores(graph: &Graph, shapes: &Shapes, content: &Content<'_>) -> Re
         return Err(Refusal::NotAVit(message.into()));
     }
     Ok(cores)
+}
+
+/// Whether a nested graph has a softmax, at any depth.
+fn normalises(graph: &Graph) -> bool {
+    graph.nodes().any(|(_, node)| node.is("Softmax") || node.subgraphs().any(normalises))
 }
 
 fn is_image(graph: &Graph, shapes: &Shapes, input: ValueId) -> bool {
