@@ -76,6 +76,17 @@ impl GraphBuilder {
         self.graph.outputs.push(value);
     }
 
+    /// The same with every node named after its first result. ONNX Runtime 1.20 names what it fuses after one of the
+    /// nodes, and mixes fusions up whose nodes have no name.
+    pub fn with_node_names(mut self) -> Self {
+        let first = |node: &Node| Some(self.graph.value(node.output(0)?).name().to_owned());
+        let names: Vec<_> = self.graph.nodes().map(|(id, node)| (id, first(node))).collect();
+        for (id, name) in names {
+            self.graph.node_mut(id).name = name.unwrap_or_default();
+        }
+        self
+    }
+
     /// The graph.
     pub fn finish(self) -> Graph {
         self.graph

@@ -26,7 +26,7 @@ impl Body {
             self.graph.output(name, *value, None);
         }
         let attributes = attributes.iter().map(|&name| name.to_owned()).collect();
-        Function::new(OpType::of(DOMAIN, name), attributes, self.graph.finish(), self.opset, doc)
+        Function::new(OpType::of(DOMAIN, name), attributes, self.graph.with_node_names().finish(), self.opset, doc)
     }
 
     pub fn op(&mut self, name: &str, hint: &str, inputs: &[ValueId]) -> ValueId {

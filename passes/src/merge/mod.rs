@@ -175,6 +175,7 @@ impl Merge {
             tables: HashMap::new(),
             sizes_over: HashMap::new(),
             log_sizes: HashMap::new(),
+            owners_over: HashMap::new(),
             notes,
         };
         rewriter.stages = stages::assign(&rewriter)?;
@@ -216,6 +217,9 @@ struct Rewriter<'a> {
     sizes_over: HashMap<(usize, Span), ValueId>,
     /// Logarithms of them.
     log_sizes: HashMap<(usize, Span), ValueId>,
+    /// Slots of part of the original tokens, by stage. Once for each: ONNX Runtime 1.20 fuses equal slices of one tensor,
+    /// and gives what it makes of them one name.
+    owners_over: HashMap<(usize, Span), ValueId>,
     notes: Vec<String>,
 }
 

@@ -92,9 +92,14 @@ impl Rewriter<'_> {
 
     /// For the tokens of `span`: their slots, counted from the first slot of the span.
     pub(super) fn owner_of(&mut self, node: NodeId, stage: usize, span: Span, hint: &str) -> Result<ValueId, Refusal> {
+        if let Some(&known) = self.owners_over.get(&(stage, span)) {
+            return Ok(known);
+        }
         let owner = self.owner(stage).ok_or_else(|| Refusal::Request("no merge to undo".into()))?;
         let total = self.stages.count(stage).and_then(|count| count.as_known());
-        self.positions_over(node, owner, span, total, &format!("{hint}/owner"))
+        let owner = self.positions_over(node, owner, span, total, &format!("{hint}/owner"))?;
+        self.owners_over.insert((stage, span), owner);
+        Ok(owner)
     }
 
     /// Adds the output with the final slot of every original token.
