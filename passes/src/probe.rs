@@ -84,6 +84,7 @@ impl Probe<'_> {
     fn spread(&mut self) -> Result<HashSet<NodeId>, Refusal> {
         let (graph, vit) = (self.graph, self.vit);
         let pinned: HashSet<NodeId> = vit.restore_before.iter().map(|pin| pin.node).collect();
+        let (prefix, suffix) = (vit.special.prefix(), vit.special.suffix);
         let streams = self.permuted.clone();
         let mut restored_at = HashSet::new();
         for (id, node) in graph.nodes() {
@@ -91,7 +92,8 @@ impl Probe<'_> {
                 continue;
             }
             let meets_others = node.operands().any(|value| vit.axes.carries(value) && !self.permuted.contains(&value));
-            if !pinned.contains(&id) && !meets_others && !vit.reads_moving_tokens(graph, id) {
+            let moving = vit.reads_moving_tokens(graph, id, prefix, suffix).is_some();
+            if !(pinned.contains(&id) || meets_others || moving) {
                 self.permuted.extend(node.results().filter(|&value| vit.axes.carries(value)));
                 self.permute_tables(id)?;
                 continue;

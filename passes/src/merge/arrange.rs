@@ -1,7 +1,8 @@
 //! Tensors in one arrangement, `[batch, tokens, …]`, whatever their own is, and back; and what has an entry for each slot
 //! where it meets them.
 
-use vitrim_ir::{Atom, Attribute, Expr, Layout, Tensor, ValueId};
+use vitrim_ir::{Atom, Attribute, Expr, Layout, Span, ValueId};
+use vitrim_ops::TokenRestore;
 
 use super::Rewriter;
 use crate::Refusal;
@@ -10,14 +11,13 @@ use crate::Refusal;
 #[derive(Clone, Debug, PartialEq)]
 enum Role {
     Batch,
-    Tokens,
+    Tokens(Span),
     Other(Expr),
 }
 
 /// The factors of a tensor's axes.
 #[derive(Clone, Debug)]
 pub(super) struct Arrangement {
-    layout: Layout,
     axes: Vec<Vec<Role>>,
 }
 
@@ -78,7 +78,7 @@ impl Rewriter<'_> {
         let batch = self.vit.axes.batch();
         let roles = |atom: &Atom| match atom {
             Atom::Plain(extent) => Role::Other(extent.clone()),
-            Atom::Tokens { .. } => Role::Tokens,
+            Atom::Tokens { span, .. } => Role::Tokens(*span),
         };
         let mut axes: Vec<Vec<Role>> = layout.0.iter().map(|axis| axis.atoms().iter().map(roles).collect()).collect();
         if batch.is(1) {
@@ -98,7 +98,7 @@ impl Rewriter<'_> {
                 }
             }
         }
-        Arrangement { layout: layout.clone(), axes }
+        Arrangement { axes }
     }
 
     /// Where what is broadcast to a tensor of this layout finds the images; `None` where it cannot be told.
@@ -125,7 +125,7 @@ impl Rewriter<'_> {
         let order = arrangement.order()?;
         let mut value = source;
         if arrangement.shares() {
-            let target = self.target(arrangement.factors().map(std::slice::from_ref), arrangement, stage)?;
+            let target = self.target(arrangement.factors().map(std::slice::from_ref), stage)?;
             value = self.reshape(value, &target, &format!("{hint}/factors"));
         } else {
             let units = arrangement.units();
@@ -151,11 +151,9 @@ impl Rewriter<'_> {
         if !arrangement.factors().any(|role| *role == Role::Batch) {
             value = self.with_axes("Squeeze", value, &[0], &format!("{hint}/image"));
         }
-        let mut back = vec![0; order.len()];
-        order.iter().enumerate().for_each(|(at, &from)| back[from] = at);
-        value = self.transpose(value, &back, &format!("{hint}/as_before"));
+        value = self.transpose(value, &inverse(&order), &format!("{hint}/as_before"));
         if arrangement.shares() {
-            let target = self.target(arrangement.axes.iter().map(Vec::as_slice), arrangement, stage)?;
+            let target = self.target(arrangement.axes.iter().map(Vec::as_slice), stage)?;
             return Some(self.reshape(value, &target, &format!("{hint}/joined")));
         }
         let units = arrangement.units();
@@ -163,19 +161,11 @@ impl Rewriter<'_> {
     }
 
     /// Extents of axes made of the given factors; one of them may be left to the operator.
-    fn target<'a>(
-        &self,
-        axes: impl Iterator<Item = &'a [Role]>,
-        arrangement: &Arrangement,
-        stage: usize,
-    ) -> Option<Vec<i64>> {
-        let (_, span) =
-            arrangement.layout.token_axes().first().map(|&axis| (axis, arrangement.layout.0[axis].span()))?;
-        let span = span?;
+    fn target<'a>(&self, axes: impl Iterator<Item = &'a [Role]>, stage: usize) -> Option<Vec<i64>> {
         let tokens = self.stages.count(stage).and_then(|count| count.as_known());
         let extent = |role: &Role| match role {
             Role::Batch => self.vit.axes.batch().as_known(),
-            Role::Tokens => Some(tokens? - span.front - span.back),
+            Role::Tokens(span) => Some(tokens? - span.front - span.back),
             Role::Other(extent) => extent.as_known(),
         };
         let product =
@@ -183,6 +173,30 @@ impl Rewriter<'_> {
         let extents: Vec<Option<i64>> = axes.map(product).collect();
         let open = extents.iter().filter(|extent| extent.is_none()).count();
         (open <= 1).then(|| extents.into_iter().map(|extent| extent.unwrap_or(-1)).collect())
+    }
+
+    /// For each image the entries of `value` along `axis` at `positions`, `[B, K]`, where the images have the axis `batch`.
+    /// Both are counted among `rank` axes; `name` is what the result is called.
+    pub(super) fn gather_along(
+        &mut self,
+        value: ValueId,
+        positions: ValueId,
+        [batch, axis]: [usize; 2],
+        rank: usize,
+        hint: &str,
+        name: &str,
+    ) -> ValueId {
+        let rest = (0..rank).filter(|&at| at != batch && at != axis);
+        let order: Vec<usize> = [batch, axis].into_iter().chain(rest).collect();
+        let there = self.transpose(value, &order, &format!("{hint}/tokens_second"));
+        let rows = self.vitrim(&TokenRestore, &format!("{hint}/{name}"), &[there, positions], &[], 1)[0];
+        self.transpose(rows, &inverse(&order), &format!("{hint}/as_before"))
+    }
+
+    /// One number for each slot, `[B, M, 1]`, where it is broadcast along `axis` to a tensor of the given frame.
+    pub(super) fn spread_column(&mut self, column: ValueId, axis: usize, frame: &Frame, hint: &str) -> ValueId {
+        let row = self.with_axes("Squeeze", column, &[2], &format!("{hint}_row"));
+        self.spread(row, &[axis], frame, hint)
     }
 
     /// Puts `value`, `[B, …]`, where it is broadcast to a tensor of the given frame: its axes after the batch belong to the
@@ -216,7 +230,7 @@ impl Rewriter<'_> {
     fn share(&mut self, value: ValueId, axis: usize, heads: i64, rank: usize, hint: &str) -> ValueId {
         let mut repeats = vec![1; rank];
         repeats[axis + 1] = heads;
-        let repeats = self.patch.constant(&format!("{hint}/heads"), Tensor::shape(&repeats));
+        let repeats = self.ints(&format!("{hint}/heads"), &repeats);
         let value = self.patch.op("Expand", &format!("{hint}/per_head"), &[value, repeats], &[]);
         // Zero copies the extent in the same place.
         let mut target = vec![0; rank];
@@ -226,7 +240,7 @@ impl Rewriter<'_> {
     }
 
     pub(super) fn reshape(&mut self, value: ValueId, target: &[i64], hint: &str) -> ValueId {
-        let target = self.patch.constant(&format!("{hint}_shape"), Tensor::shape(target));
+        let target = self.ints(&format!("{hint}_shape"), target);
         self.patch.op("Reshape", hint, &[value, target], &[])
     }
 
@@ -235,7 +249,7 @@ impl Rewriter<'_> {
         if axes.is_empty() {
             return value;
         }
-        let axes = self.patch.constant(&format!("{hint}_axes"), Tensor::shape(axes));
+        let axes = self.ints(&format!("{hint}_axes"), axes);
         self.patch.op(op, hint, &[value, axes], &[])
     }
 
@@ -285,11 +299,18 @@ impl Arrangement {
             let factors = self.factors().enumerate().filter(|(_, role)| wanted(role));
             factors.map(|(at, _)| at).collect::<Vec<usize>>()
         };
-        let tokens = at(|role| *role == Role::Tokens);
+        let tokens = at(|role| matches!(role, Role::Tokens(_)));
         if tokens.len() != 1 {
             return None;
         }
         let others = at(|role| matches!(role, Role::Other(_)));
         Some([at(|role| *role == Role::Batch), tokens, others].concat())
     }
+}
+
+/// The order of axes that undoes another.
+fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut back = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(at, &from)| back[from] = at);
+    back
 }

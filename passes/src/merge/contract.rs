@@ -73,8 +73,7 @@ impl Rewriter<'_> {
         }
         let frame = self.frame_of(value, id)?;
         let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
-        let row = self.with_axes("Squeeze", size, &[2], &format!("{hint}/size_row"));
-        let size = self.spread(row, &[axis], &frame, &format!("{hint}/size"));
+        let size = self.spread_column(size, axis, &frame, &format!("{hint}/size"));
         let dtype = self.dtype(value);
         Ok(self.cast(size, vitrim_ir::DataType::F32, dtype, &format!("{hint}/size_as_factors")))
     }

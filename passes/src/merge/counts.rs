@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use vitrim_ir::{Attribute, Axis, Effect, Node, Span, Tensor, Use, ValueId};
+use vitrim_ir::{Attribute, Axis, Effect, Node, Span, Use, ValueId};
 
 use super::Rewriter;
 use crate::Refusal;
@@ -104,14 +104,14 @@ impl Rewriter<'_> {
     fn old_shape(&mut self, operand: ValueId, axes: &[(usize, &Axis)], hint: &str) -> Option<ValueId> {
         let known: Option<Vec<i64>> = axes.iter().map(|(_, axis)| self.old_extent(axis)).collect();
         if let Some(shape) = known {
-            return Some(self.patch.constant(&format!("{hint}/old"), Tensor::shape(&shape)));
+            return Some(self.ints(&format!("{hint}/old"), &shape));
         }
         let along = [("axis", Attribute::Int(0))];
         let mut parts = Vec::with_capacity(axes.len());
         for &(at, axis) in axes {
             let (source, from) = match self.old_extent(axis) {
                 Some(extent) => {
-                    parts.push(self.patch.constant(&format!("{hint}/extent{at}"), Tensor::shape(&[extent])));
+                    parts.push(self.ints(&format!("{hint}/extent{at}"), &[extent]));
                     continue;
                 }
                 None if !axis.has_tokens() => (self.replacement(operand), at),
@@ -119,7 +119,7 @@ impl Rewriter<'_> {
                 None => return None,
             };
             let shape = self.patch.op("Shape", &format!("{hint}/shape{at}"), &[source], &[]);
-            let index = self.patch.constant(&format!("{hint}/axis{at}"), Tensor::shape(&[from as i64]));
+            let index = self.ints(&format!("{hint}/axis{at}"), &[from as i64]);
             parts.push(self.patch.op("Gather", &format!("{hint}/extent{at}"), &[shape, index], &along));
         }
         Some(self.patch.op("Concat", &format!("{hint}/old"), &parts, &along))

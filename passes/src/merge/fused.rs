@@ -11,7 +11,7 @@
 //!   bias has all its axes in full, `[B, H, N, M]`: ONNX Runtime refuses a single row, and versions 1.17 and 1.20 compute
 //!   nonsense where batch or heads would have to stretch.
 
-use vitrim_ir::{Attribute, DataType, FusedAttention, Node, NodeId, OpType, Operands, Span, Tensor, ValueId};
+use vitrim_ir::{Attribute, DataType, FusedAttention, Node, NodeId, OpType, Operands, Tensor, ValueId};
 
 use super::{Metric, Rewriter};
 use crate::Refusal;
@@ -175,11 +175,6 @@ impl Rewriter<'_> {
         Some(())
     }
 
-    /// The tokens that an operand holds.
-    fn span_of(&self, operand: ValueId) -> Span {
-        self.vit.axes.layout(operand).and_then(|layout| layout.token_axis()).map_or(Span::ALL, |(_, span)| span)
-    }
-
     fn rank(&self, operand: Option<ValueId>) -> Option<usize> {
         Some(self.vit.shapes.dims(operand?)?.len())
     }
@@ -302,9 +297,5 @@ impl Rewriter<'_> {
         self.replace(result, mixed);
         self.notes.push(format!("{} takes no bias: it was split", self.graph.describe(id)));
         Some(())
-    }
-
-    fn ints(&mut self, hint: &str, values: &[i64]) -> ValueId {
-        self.patch.constant(hint, Tensor::shape(values))
     }
 }

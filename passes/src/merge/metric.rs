@@ -93,7 +93,7 @@ impl Rewriter<'_> {
                         }
                     }
                 };
-                let target = self.patch.constant(&format!("{hint}/{name}_shape"), Tensor::shape(&target));
+                let target = self.ints(&format!("{hint}/{name}_shape"), &target);
                 let split = self.patch.op("Reshape", &format!("{hint}/{name}_heads"), &[value, target], &[]);
                 (split, vec![Batch, Heads, *a, *b])
             }
@@ -107,9 +107,7 @@ impl Rewriter<'_> {
         let perm: Option<Vec<usize>> = wanted.iter().map(|role| left.iter().position(|other| other == role)).collect();
         let perm: Vec<usize> = perm.ok_or_else(unknown)?;
         let metric = self.transpose(mean, &perm, &format!("{hint}/{name}"));
-        let span =
-            self.vit.axes.layout(operand).and_then(|layout| layout.token_axis()).map_or(Span::ALL, |(_, span)| span);
-        Ok(self.with_all_tokens(metric, span, &format!("{hint}/{name}")))
+        Ok(self.with_all_tokens(metric, self.span_of(operand), &format!("{hint}/{name}")))
     }
 
     /// A metric of the entries in `span` as one of the tokens: without what is none, and with zeros for those left out,
@@ -127,7 +125,7 @@ impl Rewriter<'_> {
     pub(super) fn reduce_mean(&mut self, value: ValueId, axis: i64, hint: &str) -> ValueId {
         let keep = ("keepdims", Attribute::Int(0));
         if self.model.opsets().standard() >= 18 {
-            let axes = self.patch.constant(&format!("{hint}_axes"), Tensor::shape(&[axis]));
+            let axes = self.ints(&format!("{hint}_axes"), &[axis]);
             self.patch.op("ReduceMean", hint, &[value, axes], &[keep])
         } else {
             self.patch.op("ReduceMean", hint, &[value], &[("axes", Attribute::Ints(vec![axis])), keep])

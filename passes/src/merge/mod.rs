@@ -27,15 +27,16 @@ mod weigh;
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
-use vitrim_ir::{DataType, Effect, Expr, Graph, Model, NodeId, OpType, Patch, Span, ValueId};
+use vitrim_ir::{DataType, Effect, Expr, Graph, Model, NodeId, OpType, Patch, Span, Tensor, ValueId};
 use vitrim_ops::{DOMAIN, OpDef, TokenAssign, TokenMerge, TokenMergeDynamic, TokenSize, VERSION};
 
 use crate::Refusal;
 use crate::recognise::VitModel;
 use crate::schedule::{Schedule, Step};
 use precision::Coding;
+use spans::Part;
 use stages::{Stage, Stages};
-use tables::Followed;
+use tables::Table;
 
 /// What decides which tokens are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -173,13 +174,10 @@ impl Merge {
             replaced: HashMap::new(),
             followed: Vec::new(),
             tables: HashMap::new(),
-            sizes_over: HashMap::new(),
-            log_sizes: HashMap::new(),
-            owners_over: HashMap::new(),
+            parts: HashMap::new(),
             notes,
         };
         rewriter.stages = stages::assign(&rewriter)?;
-        rewriter.check_positions()?;
         if rewriter.removed.iter().all(|&r| r == 0) && self.trace_source.is_none() {
             return Ok(Proposal { patch: rewriter.patch, steps, notes: rewriter.notes });
         }
@@ -207,19 +205,15 @@ struct Rewriter<'a> {
     /// Tokens that each block removes.
     removed: Vec<usize>,
     stages: Stages,
-    /// Values whose readers were given another value: merged streams, and results of operators left out.
+    /// Values whose readers were given another value: merged streams, and results of operators left out or followed by
+    /// others that put them right.
     replaced: HashMap<ValueId, ValueId>,
-    /// Tables that follow the tokens.
-    followed: Vec<Followed>,
+    /// Tables that follow the tokens, and what they became.
+    followed: Vec<(Table, ValueId)>,
     /// What took the place of a table in an operand of a node.
     tables: HashMap<(NodeId, usize), ValueId>,
-    /// Sizes of part of the slots, by stage.
-    sizes_over: HashMap<(usize, Span), ValueId>,
-    /// Logarithms of them.
-    log_sizes: HashMap<(usize, Span), ValueId>,
-    /// Slots of part of the original tokens, by stage. Once for each: ONNX Runtime 1.20 fuses equal slices of one tensor,
-    /// and gives what it makes of them one name.
-    owners_over: HashMap<(usize, Span), ValueId>,
+    /// What the slots of a span have, by stage.
+    parts: HashMap<(usize, Span), Part>,
     notes: Vec<String>,
 }
 
@@ -238,6 +232,11 @@ impl Rewriter<'_> {
             attributes.iter().map(|&(name, value)| (name, vitrim_ir::Attribute::Int(value))).collect();
         let inputs = inputs.iter().copied().map(Some).collect();
         self.patch.call(OpType::of(DOMAIN, op.name()), hint, inputs, &attributes, results)
+    }
+
+    /// A constant list of integers.
+    fn ints(&mut self, hint: &str, values: &[i64]) -> ValueId {
+        self.patch.constant(hint, Tensor::shape(values))
     }
 
     fn merge_blocks(&mut self) -> Result<(), Refusal> {
@@ -277,22 +276,20 @@ impl Rewriter<'_> {
         };
         let (tokens, removed) = (self.stages.count(stage), self.removed[block] as i64);
 
-        let merged = if sliced {
+        let (y, merged) = if sliced {
             let ends = tokens.and_then(|tokens| tokens.minus(&Expr::known(removed))).and_then(|left| left.as_known());
             let ends = ends.ok_or_else(|| Refusal::Request("the slicing floor needs a fixed token count".into()))?;
             let bounds = [("starts", 0), ("ends", ends), ("axes", 1)];
-            let bounds = bounds.map(|(name, value)| {
-                self.patch.constant(&format!("{hint}/{name}"), vitrim_ir::Tensor::shape(&[value]))
-            });
+            let bounds = bounds.map(|(name, value)| self.ints(&format!("{hint}/{name}"), &[value]));
             let y =
                 self.patch.op("Slice", &format!("{hint}/kept"), &[batch_first, bounds[0], bounds[1], bounds[2]], &[]);
-            Stage { x: Some(y), ..Stage::default() }
+            (y, Stage::default())
         } else {
             let metric = match self.options.metric {
                 Metric::Hidden => batch_first,
                 chosen => self.metric(block, chosen, &hint)?,
             };
-            let size = match self.stages.size(stage) {
+            let size = match self.stages.entry(stage).size {
                 Some(size) => size,
                 None => self.vitrim(&TokenSize, "vitrim/initial_size", &[batch_first], &[], 1)[0],
             };
@@ -311,20 +308,15 @@ impl Rewriter<'_> {
                     self.vitrim(&TokenMerge, &name, &[batch_first, metric, size], &attributes, 5)
                 }
                 None => {
-                    let r = self.patch.constant(&format!("{hint}/r"), vitrim_ir::Tensor::shape(&[removed]));
+                    let r = self.ints(&format!("{hint}/r"), &[removed]);
                     let attributes = [("protect", protect), ("suffix", suffix), ("dtype", dtype)];
                     self.vitrim(&TokenMergeDynamic, &name, &[batch_first, metric, size, r], &attributes, 5)
                 }
             };
-            Stage {
-                x: Some(results[0]),
-                size: Some(results[1]),
-                grouping: Some([results[2], results[3], results[4]]),
-                ..Stage::default()
-            }
+            let grouping = Some([results[2], results[3], results[4]]);
+            (results[0], Stage { size: Some(results[1]), grouping, ..Stage::default() })
         };
-        let y = merged.x.expect("just set");
-        self.stages.enter(stage + 1, merged);
+        *self.stages.entry_mut(stage + 1) = merged;
         let y = match arrangement.other_extents().as_slice() {
             [_] => y,
             extents => {

@@ -65,7 +65,7 @@ impl Rewriter<'_> {
             if self.graph.constant(node.input(slot).unwrap_or(operand)).and_then(|old| old.to_i64s()).as_ref()
                 != Some(&target)
             {
-                let target = self.patch.constant(&format!("{hint}/shape"), Tensor::shape(&target));
+                let target = self.ints(&format!("{hint}/shape"), &target);
                 self.patch.rewire(id, slot, target);
             }
             return Ok(());
@@ -77,9 +77,9 @@ impl Rewriter<'_> {
         for (at, axis) in to.0.iter().enumerate() {
             let same = from.0.iter().position(|other| other == axis);
             parts.push(match (extents[at], same) {
-                (Some(extent), _) => self.patch.constant(&format!("{hint}/extent{at}"), Tensor::shape(&[extent])),
+                (Some(extent), _) => self.ints(&format!("{hint}/extent{at}"), &[extent]),
                 (None, Some(same)) => {
-                    let index = self.patch.constant(&format!("{hint}/axis{at}"), Tensor::shape(&[same as i64]));
+                    let index = self.ints(&format!("{hint}/axis{at}"), &[same as i64]);
                     self.patch.op(
                         "Gather",
                         &format!("{hint}/extent{at}"),
@@ -89,7 +89,7 @@ impl Rewriter<'_> {
                 }
                 (None, None) if !inferred && node.is("Reshape") => {
                     inferred = true;
-                    self.patch.constant(&format!("{hint}/rest"), Tensor::shape(&[-1]))
+                    self.ints(&format!("{hint}/rest"), &[-1])
                 }
                 _ => return Err(self.pinned(id, "it has a shape whose extents cannot be found at run time")),
             });
@@ -128,10 +128,9 @@ impl Rewriter<'_> {
         for (part, (start, end)) in parts.into_iter().zip(bounds) {
             let hint = format!("vitrim/{}", self.graph.value(part).name());
             let bounds = [start, end, axis as i64];
-            let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}/range"), Tensor::shape(&[bound])));
+            let bounds = bounds.map(|bound| self.ints(&format!("{hint}/range"), &[bound]));
             let range = self.patch.op("Slice", &hint, &[operand, bounds[0], bounds[1], bounds[2]], &[]);
-            self.patch.rewire_uses(self.graph, part, range, |_| true);
-            self.replaced.insert(part, range);
+            self.replace(part, range);
         }
     }
 
@@ -158,7 +157,7 @@ impl Rewriter<'_> {
         let cut = span(result).unwrap_or(0) - span(operand).unwrap_or(0);
         let end = if cut == 0 { i64::MAX } else { -cut };
         let hint = format!("vitrim/{}/end", self.graph.value(result).name());
-        let end = self.patch.constant(&hint, Tensor::shape(&[end]));
+        let end = self.ints(&hint, &[end]);
         self.patch.rewire(id, slot, end);
         Ok(())
     }
@@ -198,9 +197,7 @@ impl Rewriter<'_> {
     /// Lets the readers of `result` read `source`.
     fn bypass(&mut self, result: ValueId, source: ValueId) {
         if self.graph.output_slots(result).next().is_none() {
-            let source = self.replacement(source);
-            self.patch.rewire_uses(self.graph, result, source, |_| true);
-            self.replaced.insert(result, source);
+            self.replace(result, self.replacement(source));
         }
     }
 }

@@ -3,7 +3,6 @@
 use vitrim_ir::{Attribute, DataType, DimSpec, NodeId, Span, Tensor, TensorType, ValueId};
 use vitrim_ops::{TokenRestore, TokenSize};
 
-use super::arrange::Frame;
 use super::{Reduction, Rewriter};
 use crate::Refusal;
 
@@ -37,7 +36,7 @@ impl Rewriter<'_> {
     }
 
     /// `source` has the layout of `value`, whose tokens it restores.
-    fn restored_as(&mut self, value: ValueId, source: ValueId, stage: usize) -> Result<ValueId, Refusal> {
+    fn restored_as(&mut self, value: ValueId, mut source: ValueId, stage: usize) -> Result<ValueId, Refusal> {
         if self.options.reduction == Reduction::Slice {
             return Err(Refusal::Request(
                 "the slicing floor has no way back to all tokens, which this model needs".into(),
@@ -60,45 +59,31 @@ impl Rewriter<'_> {
             }
             // Attention maps: a token's row is its slot's; the weight of a key is shared among the slot's tokens.
             [rows, columns] if [rows, columns].iter().all(|&at| layout.0[at].only_tokens() == Some(Span::ALL)) => {
-                let frame = self.frame(&layout).filter(|frame| frame.batch_axis().is_some());
-                let frame = frame.ok_or_else(|| refuse("it has to be restored, but its batch axis cannot be told"))?;
+                let batch = self.frame(&layout).and_then(|frame| frame.batch_axis());
+                let batch = batch.ok_or_else(|| refuse("it has to be restored, but its batch axis cannot be told"))?;
                 let owner = self.owner_of(node, stage, Span::ALL, &hint)?;
-                let mut source = source;
                 if let Some(keys) = [rows, columns].into_iter().find(|&at| layout.0[at].is_weights()) {
-                    if !self.dtype(value).is_float() {
-                        return Err(refuse("it has to be restored, but has integers"));
-                    }
                     let size = self.size_along(node, value, keys, Span::ALL, stage, &hint)?;
                     source = self.patch.op("Div", &format!("{hint}/shared"), &[source, size], &[]);
                 }
-                let by_rows = self.restore_rows(source, owner, &frame, rows, &format!("{hint}/rows"));
-                Ok(self.restore_rows(by_rows, owner, &frame, columns, &format!("{hint}/columns")))
+                for (axis, hint) in [(rows, format!("{hint}/rows")), (columns, format!("{hint}/columns"))] {
+                    source = self.gather_along(source, owner, [batch, axis], layout.rank(), &hint, "restored");
+                }
+                Ok(source)
             }
             _ => Err(refuse("it has to be restored, but has tokens on several axes")),
         }
     }
 
-    /// Restores along one axis of a tensor with a batch axis of its own.
-    fn restore_rows(&mut self, source: ValueId, owner: ValueId, frame: &Frame, axis: usize, hint: &str) -> ValueId {
-        let (rank, batch) = (frame.rank(), frame.batch_axis().unwrap_or(0));
-        let rest = (0..rank).filter(|&at| at != batch && at != axis);
-        let order: Vec<usize> = [batch, axis].into_iter().chain(rest).collect();
-        let mut back = vec![0; rank];
-        order.iter().enumerate().for_each(|(at, &from)| back[from] = at);
-        let there = self.transpose(source, &order, &format!("{hint}/tokens_second"));
-        let restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
-        self.transpose(restored, &back, &format!("{hint}/as_before"))
-    }
-
     /// For the tokens of `span`: their slots, counted from the first slot of the span.
     pub(super) fn owner_of(&mut self, node: NodeId, stage: usize, span: Span, hint: &str) -> Result<ValueId, Refusal> {
-        if let Some(&known) = self.owners_over.get(&(stage, span)) {
+        if let Some(known) = self.part(stage, span).owner {
             return Ok(known);
         }
         let owner = self.owner(stage).ok_or_else(|| Refusal::Request("no merge to undo".into()))?;
         let total = self.stages.count(stage).and_then(|count| count.as_known());
         let owner = self.positions_over(node, owner, span, total, &format!("{hint}/owner"))?;
-        self.owners_over.insert((stage, span), owner);
+        self.part(stage, span).owner = Some(owner);
         Ok(owner)
     }
 
@@ -116,7 +101,7 @@ impl Rewriter<'_> {
                 let x = self.tokens_second(origin, &arrangement, 0, "vitrim/source");
                 let x = x.ok_or_else(|| Refusal::Request("the tokens share an axis with something else".into()))?;
                 let ones = self.vitrim(&TokenSize, "vitrim/initial_size", &[x], &[], 1)[0];
-                let axis = self.patch.constant("vitrim/source_axis", Tensor::shape(&[2]));
+                let axis = self.ints("vitrim/source_axis", &[2]);
                 let ones = self.patch.op("Squeeze", "vitrim/source_ones", &[ones, axis], &[]);
                 let along = self.patch.constant("vitrim/source_along", Tensor::i64(1));
                 let exclusive = [("exclusive", Attribute::Int(1))];

@@ -1,50 +1,40 @@
 //! Parts of the tokens: operators that hold all but some at the ends, or others beside them.
 
-use vitrim_ir::{Effect, NodeId, Span, Tensor, ValueId};
+use vitrim_ir::{NodeId, Span, Tensor, ValueId};
 
 use super::Rewriter;
 use crate::Refusal;
 
+/// What some of the slots of a stage have. Each is made once: ONNX Runtime 1.20 fuses equal slices of one tensor, and
+/// gives what it makes of them one name.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Part {
+    /// Sizes, `[B, M, 1]` float32.
+    size: Option<ValueId>,
+    /// Their logarithms.
+    pub log_size: Option<ValueId>,
+    /// The slots of the original tokens, counted from the first slot of the part.
+    pub owner: Option<ValueId>,
+}
+
 impl Rewriter<'_> {
-    /// What reads merged tokens by position may read only those that keep their place: the protected ones.
-    pub(super) fn check_positions(&self) -> Result<(), Refusal> {
-        let (protect, suffix) = (self.protect as i64, self.suffix as i64);
-        let refuse = |node: NodeId, what: String| {
-            Refusal::Request(format!(
-                "{} reads tokens by position ({what}) that are not protected: {protect} at the front and {suffix} at \
-                 the end are; protect more with --protect",
-                self.graph.describe(node)
-            ))
-        };
-        for (node, effect) in self.vit.axes.effects() {
-            let reads_merged =
-                self.graph.node(*node).operands().any(|value| self.stage_read(value).is_some_and(|stage| stage > 0));
-            if let Effect::Pick { first, count } = *effect {
-                let kept = if first >= 0 { first + count as i64 <= protect } else { -first <= suffix };
-                if reads_merged && !kept && !self.stages.restore_at.contains(node) {
-                    return Err(refuse(*node, format!("{count} from {first} on")));
-                }
-            }
-        }
-        for (value, _) in self.stages.values() {
-            let Some((node, _)) = self.graph.producer(value) else { continue };
-            let layout = self.vit.axes.layout(value).cloned().unwrap_or_default();
-            for span in layout.0.iter().filter_map(|axis| axis.span()) {
-                if span.front > protect || span.back > suffix {
-                    return Err(refuse(node, format!("all but the first {} and last {}", span.front, span.back)));
-                }
-            }
-        }
-        Ok(())
+    /// The tokens that a tensor holds along its only axis of them.
+    pub(super) fn span_of(&self, value: ValueId) -> Span {
+        self.vit.axes.layout(value).and_then(|layout| layout.token_axis()).map_or(Span::ALL, |(_, span)| span)
+    }
+
+    /// What is known by now of the slots in `span` at a stage.
+    pub(super) fn part(&mut self, stage: usize, span: Span) -> &mut Part {
+        self.parts.entry((stage, span)).or_default()
     }
 
     /// Sizes of the slots in `span` at a stage, `[B, M, 1]`; what is no token has the size one.
     pub(super) fn size_over(&mut self, stage: usize, span: Span) -> Option<ValueId> {
-        let size = self.stages.size(stage)?;
+        let size = self.stages.entry(stage).size?;
         if span == Span::ALL {
             return Some(size);
         }
-        if let Some(&known) = self.sizes_over.get(&(stage, span)) {
+        if let Some(known) = self.part(stage, span).size {
             return Some(known);
         }
         let hint = format!("vitrim/size{stage}_{}_{}", span.front, span.back);
@@ -54,7 +44,7 @@ impl Rewriter<'_> {
                 |count: i64| (count < 0).then(|| Tensor::f32s(&[1, -count as usize, 1], &vec![1.0; -count as usize]));
             value = self.with_others(value, one(span.front), one(span.back), &hint);
         }
-        self.sizes_over.insert((stage, span), value);
+        self.part(stage, span).size = Some(value);
         Some(value)
     }
 
@@ -73,7 +63,7 @@ impl Rewriter<'_> {
         }
         let mut value = self.within(positions, span, hint);
         if span.front != 0 {
-            let front = self.patch.constant(&format!("{hint}_front"), Tensor::shape(&[span.front]));
+            let front = self.ints(&format!("{hint}_front"), &[span.front]);
             value = self.patch.op("Sub", &format!("{hint}_from_front"), &[value, front], &[]);
         }
         if span.is_within() {
@@ -103,7 +93,7 @@ impl Rewriter<'_> {
         }
         let end = if span.back > 0 { -span.back } else { i64::MAX };
         let bounds = [span.front.max(0), end, 1];
-        let bounds = bounds.map(|bound| self.patch.constant(&format!("{hint}_range"), Tensor::shape(&[bound])));
+        let bounds = bounds.map(|bound| self.ints(&format!("{hint}_range"), &[bound]));
         self.patch.op("Slice", &format!("{hint}_part"), &[value, bounds[0], bounds[1], bounds[2]], &[])
     }
 
@@ -115,7 +105,7 @@ impl Rewriter<'_> {
         back: Option<Tensor>,
         hint: &str,
     ) -> ValueId {
-        let bounds = [0, 1, 1].map(|bound| self.patch.constant(&format!("{hint}_one"), Tensor::shape(&[bound])));
+        let bounds = [0, 1, 1].map(|bound| self.ints(&format!("{hint}_one"), &[bound]));
         let first = self.patch.op("Slice", &format!("{hint}_first"), &[value, bounds[0], bounds[1], bounds[2]], &[]);
         let zero = self.patch.op("Sub", &format!("{hint}_zero"), &[first, first], &[]);
         let entries = |rewriter: &mut Self, numbers: Option<Tensor>| {

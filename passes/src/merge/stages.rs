@@ -11,8 +11,6 @@ use crate::recognise::softmaxes;
 /// What the merge that begins a stage gives.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Stage {
-    /// The merged residual stream, batch first.
-    pub x: Option<ValueId>,
     /// Sizes, `[B, M, 1]` float32.
     pub size: Option<ValueId>,
     /// `anchor`, `leaving` and `into` of the merge.
@@ -53,20 +51,12 @@ impl Stages {
         self.counts[stage].clone()
     }
 
-    pub fn size(&self, stage: usize) -> Option<ValueId> {
-        self.entries[stage].size
-    }
-
     pub fn entry(&self, stage: usize) -> Stage {
         self.entries[stage]
     }
 
     pub fn entry_mut(&mut self, stage: usize) -> &mut Stage {
         &mut self.entries[stage]
-    }
-
-    pub fn enter(&mut self, stage: usize, entry: Stage) {
-        self.entries[stage] = entry;
     }
 
     pub fn last(&self) -> usize {
@@ -85,6 +75,7 @@ impl Stages {
 /// Assigns stages, and finds where tensors of different stages meet.
 pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
     let (graph, vit) = (rewriter.graph, rewriter.vit);
+    let (protect, suffix) = (rewriter.protect, rewriter.suffix);
     let mut stages = Stages { counts: vec![Some(vit.tokens().clone())], ..Stages::default() };
     // The stage that readers of a cut's results are in.
     let mut after_cut: HashMap<ValueId, usize> = HashMap::new();
@@ -112,8 +103,9 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
             continue;
         }
         // A reader of tokens that may move gets them in their places, unless the user has said which ones may not.
-        let moving = rewriter.options.protect.is_none() && vit.reads_moving_tokens(graph, id);
-        if pinned.contains(&id) || read.len() > 1 || meets_restored || moving {
+        let moving = vit.reads_moving_tokens(graph, id, protect, suffix);
+        let restores = pinned.contains(&id) || read.len() > 1 || meets_restored;
+        if restores || (moving.is_some() && rewriter.options.protect.is_none()) {
             if softmaxes.contains(&id) {
                 return Err(
                     rewriter.pinned(id, "it is an attention over tokens of which some were merged and some not")
@@ -126,6 +118,13 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
             continue;
         }
         let stage = read.into_iter().next().unwrap_or(0);
+        if let Some(what) = moving.filter(|_| stage > 0) {
+            return Err(Refusal::Request(format!(
+                "{} reads tokens by position ({what}) that are not protected: {protect} at the front and {suffix} at \
+                 the end are; protect more with --protect",
+                graph.describe(id)
+            )));
+        }
         for value in node.results().filter(|&value| vit.axes.carries(value)) {
             stages.of_value.insert(value, stage);
         }

@@ -7,21 +7,23 @@
 //! image to image is that of the slot's anchor, whose place the slot keeps.
 
 use vitrim_ir::{Attribute, Effect, FusedAttention, NodeId, Span, Tensor, ValueId};
-use vitrim_ops::{TokenMean, TokenRestore};
+use vitrim_ops::TokenMean;
 
 use super::arrange::Frame;
 use super::{Reduction, Rewriter};
 use crate::Refusal;
 
-/// A table as readers at one stage see it.
+/// A table with entries for the tokens, and how readers at one stage meet it.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Followed {
-    table: ValueId,
+pub(super) struct Table {
+    value: ValueId,
     stage: usize,
+    /// Its axes that run along tokens, and along which of them.
     axes: Vec<(usize, Span)>,
+    /// What it is broadcast to.
     frame: Frame,
+    /// Whether slots have the mean of their tokens' entries, not their anchor's.
     averaged: bool,
-    result: ValueId,
 }
 
 impl Rewriter<'_> {
@@ -29,57 +31,42 @@ impl Rewriter<'_> {
         for (id, effect) in self.effects() {
             let Effect::Table { slot, axes } = effect else { continue };
             let node = self.graph.node(id);
-            let (Some(table), Some(result)) = (node.input(slot), node.output(0)) else { continue };
+            let (Some(value), Some(result)) = (node.input(slot), node.output(0)) else { continue };
             let Some(stage) = self.stages.of(result).filter(|&stage| stage > 0) else { continue };
             let fused = FusedAttention::of(self.graph, node).is_some();
             let frame = if fused { Frame::scores() } else { self.frame_of(result, id)? };
-            let averaged = !fused && self.is_averaged(table, result);
-            let followed = self.followed(id, table, &axes, stage, frame, averaged)?;
+            let averaged = !fused && self.is_averaged(value, result);
+            let followed = self.followed(id, Table { value, stage, axes, frame, averaged })?;
             self.patch.rewire(id, slot, followed);
             self.tables.insert((id, slot), followed);
         }
         Ok(())
     }
 
-    fn followed(
-        &mut self,
-        id: NodeId,
-        table: ValueId,
-        axes: &[(usize, Span)],
-        stage: usize,
-        frame: Frame,
-        averaged: bool,
-    ) -> Result<ValueId, Refusal> {
-        let same = |known: &&Followed| {
-            (known.table, known.stage, known.averaged) == (table, stage, averaged)
-                && known.axes == axes
-                && known.frame == frame
-        };
-        if let Some(known) = self.followed.iter().find(same) {
-            return Ok(known.result);
+    fn followed(&mut self, id: NodeId, table: Table) -> Result<ValueId, Refusal> {
+        if let Some(&(_, result)) = self.followed.iter().find(|(known, _)| *known == table) {
+            return Ok(result);
         }
-        let hint = format!("vitrim/{}/stage{stage}", self.graph.value(table).name());
+        let hint = format!("vitrim/{}/stage{}", self.graph.value(table.value).name(), table.stage);
         let result = match self.options.reduction {
-            Reduction::Slice => self.first_entries(id, table, axes, stage, &hint)?,
-            Reduction::Merge if self.has_images(table, &frame) => {
-                self.entries_per_image(id, table, axes, stage, &hint)?
-            }
-            Reduction::Merge => self.entries(id, table, axes, stage, &frame, averaged, &hint)?,
+            Reduction::Slice => self.first_entries(id, &table, &hint)?,
+            Reduction::Merge if self.has_images(&table) => self.entries_per_image(id, &table, &hint)?,
+            Reduction::Merge => self.entries(id, &table, &hint)?,
         };
-        self.followed.push(Followed { table, stage, axes: axes.to_vec(), frame, averaged, result });
+        self.followed.push((table, result));
         Ok(result)
     }
 
-    /// The axis of `table` that meets axis `at` of the frame, if it has that axis and an extent other than one there.
-    fn axis_at(&self, table: ValueId, frame: &Frame, at: usize) -> Option<usize> {
-        let dims = self.vit.shapes.dims(table)?;
-        let own = (at + dims.len()).checked_sub(frame.rank())?;
+    /// The axis of a table that meets axis `at` of its frame, if it has that axis and an extent other than one there.
+    fn axis_at(&self, table: &Table, at: usize) -> Option<usize> {
+        let dims = self.vit.shapes.dims(table.value)?;
+        let own = (at + dims.len()).checked_sub(table.frame.rank())?;
         (!dims[own].is(1)).then_some(own)
     }
 
     /// Whether the table differs from image to image.
-    fn has_images(&self, table: ValueId, frame: &Frame) -> bool {
-        frame.batch_axis().is_some_and(|batch| self.axis_at(table, frame, batch).is_some())
+    fn has_images(&self, table: &Table) -> bool {
+        table.frame.batch_axis().is_some_and(|batch| self.axis_at(table, batch).is_some())
     }
 
     /// Whether the entries of a table are averaged where it meets tokens: numbers that go with single tokens, not with
@@ -90,21 +77,12 @@ impl Rewriter<'_> {
     }
 
     /// The slots' entries of a table that all images share.
-    #[allow(clippy::too_many_arguments)]
-    fn entries(
-        &mut self,
-        id: NodeId,
-        table: ValueId,
-        axes: &[(usize, Span)],
-        stage: usize,
-        frame: &Frame,
-        averaged: bool,
-        hint: &str,
-    ) -> Result<ValueId, Refusal> {
-        let dims = self.vit.shapes.dims(table).unwrap_or_default().to_vec();
+    fn entries(&mut self, id: NodeId, table: &Table, hint: &str) -> Result<ValueId, Refusal> {
+        let (stage, axes, frame) = (table.stage, &table.axes, &table.frame);
+        let dims = self.vit.shapes.dims(table.value).unwrap_or_default().to_vec();
         let lead = frame.rank() - dims.len();
         if let Some((axis, heads)) = frame.shared()
-            && let Some(own) = self.axis_at(table, frame, axis)
+            && let Some(own) = self.axis_at(table, axis)
             && !dims[own].is(heads)
         {
             return Err(self.pinned(id, "it has a table for each image and head"));
@@ -116,30 +94,35 @@ impl Rewriter<'_> {
         let kept: Vec<usize> = (0..dims.len()).filter(|axis| !dims[*axis].is(1)).collect();
         let place = |axis: &usize| kept.iter().position(|at| at == axis).unwrap_or(0);
         let order: Vec<usize> = axes.iter().map(|(axis, _)| axis).chain(&others).map(place).collect();
-        let mut value = self.with_axes("Squeeze", table, &units, &format!("{hint}/squeezed"));
+        let mut value = self.with_axes("Squeeze", table.value, &units, &format!("{hint}/squeezed"));
         value = self.transpose(value, &order, &format!("{hint}/tokens_first"));
         let meets: Vec<usize> = axes.iter().map(|(axis, _)| axis).chain(&others).map(|axis| lead + axis).collect();
-        if let ([(_, span)], true) = (axes, averaged) {
-            let extents: Vec<Option<i64>> = others.iter().map(|&axis| dims[axis].as_known()).collect();
-            let mean = self.mean(id, value, stage, *span, self.dtype(table), &extents, hint)?;
-            return Ok(self.spread(mean, &meets, frame, hint));
-        }
-        let indices = match axes {
-            [(_, span)] => self.anchors(id, stage, *span, hint)?,
-            [(rows, row_span), (columns, column_span)] => {
+        let extents: Option<Vec<i64>> = others.iter().map(|&axis| dims[axis].as_known()).collect();
+        let extents = extents.ok_or_else(|| self.pinned(id, "it has a table of unknown extents"));
+        let indices = match axes[..] {
+            [(_, span)] if table.averaged => {
+                let owner = self.owner_of(id, stage, span, hint)?;
+                let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "nothing is merged before it"))?;
+                let joins = others.len() != 1;
+                let rows = if joins { self.reshape(value, &[0, -1], &format!("{hint}/rows")) } else { value };
+                let dtype = [("dtype", self.dtype(table.value).code().into())];
+                let mean = self.vitrim(&TokenMean, &format!("{hint}/mean"), &[rows, owner, size], &dtype, 1)[0];
+                let mean = if joins {
+                    self.reshape(mean, &[vec![0, 0], extents?].concat(), &format!("{hint}/split"))
+                } else {
+                    mean
+                };
+                return Ok(self.spread(mean, &meets, frame, hint));
+            }
+            [(_, span)] => self.anchors(id, stage, span, hint)?,
+            [(_, rows), (column, columns)] => {
                 // Rows and columns as one: a row of `heads` numbers for each pair of tokens.
-                let count = dims[*columns].as_known().ok_or_else(|| {
+                let count = dims[column].as_known().ok_or_else(|| {
                     self.pinned(id, "it has a table for pairs of tokens whose number is known only at run time")
                 })?;
-                let mut pairs = vec![-1];
-                for &axis in &others {
-                    let extent = dims[axis].as_known();
-                    pairs.push(extent.ok_or_else(|| self.pinned(id, "it has a table of unknown extents"))?);
-                }
-                debug_assert!(rows != columns);
-                value = self.reshape(value, &pairs, &format!("{hint}/pairs"));
-                let rows = self.anchors(id, stage, *row_span, hint)?;
-                let columns = self.anchors(id, stage, *column_span, hint)?;
+                value = self.reshape(value, &[vec![-1], extents?].concat(), &format!("{hint}/pairs"));
+                let rows = self.anchors(id, stage, rows, hint)?;
+                let columns = self.anchors(id, stage, columns, hint)?;
                 let rows = self.with_axes("Unsqueeze", rows, &[2], &format!("{hint}/rows"));
                 let columns = self.with_axes("Unsqueeze", columns, &[1], &format!("{hint}/columns"));
                 let count = self.patch.constant(&format!("{hint}/count"), Tensor::i64(count));
@@ -153,86 +136,31 @@ impl Rewriter<'_> {
         Ok(self.spread(gathered, &meets, frame, hint))
     }
 
-    /// A table `[N, …]` with further extents as given, averaged over the slots of a stage: `[B, M, …]`.
-    #[allow(clippy::too_many_arguments)]
-    fn mean(
-        &mut self,
-        id: NodeId,
-        table: ValueId,
-        stage: usize,
-        span: Span,
-        dtype: vitrim_ir::DataType,
-        extents: &[Option<i64>],
-        hint: &str,
-    ) -> Result<ValueId, Refusal> {
-        let owner = self.owner_of(id, stage, span, hint)?;
-        let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "nothing is merged before it"))?;
-        let rows = match extents {
-            [_] => table,
-            _ => self.reshape(table, &[0, -1], &format!("{hint}/rows")),
-        };
-        let mean = self.vitrim(
-            &TokenMean,
-            &format!("{hint}/mean"),
-            &[rows, owner, size],
-            &[("dtype", dtype.code().into())],
-            1,
-        )[0];
-        if extents.len() == 1 {
-            return Ok(mean);
-        }
-        let extents: Option<Vec<i64>> = extents.iter().copied().collect();
-        let extents = extents.ok_or_else(|| self.pinned(id, "it has a table of unknown extents"))?;
-        Ok(self.reshape(mean, &[vec![0, 0], extents].concat(), &format!("{hint}/split")))
-    }
-
     /// The anchors' entries of a table that differs from image to image.
-    fn entries_per_image(
-        &mut self,
-        id: NodeId,
-        table: ValueId,
-        axes: &[(usize, Span)],
-        stage: usize,
-        hint: &str,
-    ) -> Result<ValueId, Refusal> {
-        let rank = self.vit.shapes.dims(table).map_or(0, <[vitrim_ir::Expr]>::len);
-        let batch =
-            self.vit.shapes.dims(table).and_then(|dims| dims.iter().position(|dim| dim == self.vit.axes.batch()));
+    fn entries_per_image(&mut self, id: NodeId, table: &Table, hint: &str) -> Result<ValueId, Refusal> {
+        let dims = self.vit.shapes.dims(table.value).unwrap_or_default();
+        let batch = dims.iter().position(|dim| dim == self.vit.axes.batch());
         let batch =
             batch.ok_or_else(|| self.pinned(id, "it has a table whose batch axis cannot be told from others"))?;
-        let mut value = table;
-        for &(axis, span) in axes {
-            let anchors = self.anchors(id, stage, span, hint)?;
-            let rest = (0..rank).filter(|&at| at != batch && at != axis);
-            let order: Vec<usize> = [batch, axis].into_iter().chain(rest).collect();
-            let mut back = vec![0; rank];
-            order.iter().enumerate().for_each(|(at, &from)| back[from] = at);
+        let mut value = table.value;
+        for &(axis, span) in &table.axes {
+            let anchors = self.anchors(id, table.stage, span, hint)?;
             let hint = format!("{hint}/axis{axis}");
-            let there = self.transpose(value, &order, &format!("{hint}/tokens_second"));
-            let rows = self.vitrim(&TokenRestore, &format!("{hint}/anchored"), &[there, anchors], &[], 1)[0];
-            value = self.transpose(rows, &back, &format!("{hint}/as_before"));
+            value = self.gather_along(value, anchors, [batch, axis], dims.len(), &hint, "anchored");
         }
         Ok(value)
     }
 
     /// The first entries, as many as there are slots.
-    fn first_entries(
-        &mut self,
-        id: NodeId,
-        table: ValueId,
-        axes: &[(usize, Span)],
-        stage: usize,
-        hint: &str,
-    ) -> Result<ValueId, Refusal> {
-        let count = self.stages.count(stage).and_then(|count| count.as_known());
+    fn first_entries(&mut self, id: NodeId, table: &Table, hint: &str) -> Result<ValueId, Refusal> {
+        let count = self.stages.count(table.stage).and_then(|count| count.as_known());
         let count =
             count.ok_or_else(|| self.pinned(id, "it has a table, and the token count is known only at run time"))?;
-        let ends: Vec<i64> = axes.iter().map(|(_, span)| count - span.front - span.back).collect();
-        let along: Vec<i64> = axes.iter().map(|(axis, _)| *axis as i64).collect();
+        let ends: Vec<i64> = table.axes.iter().map(|(_, span)| count - span.front - span.back).collect();
+        let along: Vec<i64> = table.axes.iter().map(|(axis, _)| *axis as i64).collect();
         let bounds = [("starts", vec![0; ends.len()]), ("ends", ends), ("axes", along)];
-        let bounds =
-            bounds.map(|(name, values)| self.patch.constant(&format!("{hint}/{name}"), Tensor::shape(&values)));
-        Ok(self.patch.op("Slice", &format!("{hint}/first"), &[table, bounds[0], bounds[1], bounds[2]], &[]))
+        let bounds = bounds.map(|(name, values)| self.ints(&format!("{hint}/{name}"), &values));
+        Ok(self.patch.op("Slice", &format!("{hint}/first"), &[table.value, bounds[0], bounds[1], bounds[2]], &[]))
     }
 
     /// For the slots of `span` at a stage: the original tokens whose places they keep, `[B, M]`, counted from the first

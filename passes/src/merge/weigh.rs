@@ -3,7 +3,7 @@
 //! Proportional attention (arXiv 2210.09461, equation 1) adds log(size) of the keys to the scaled scores of every
 //! softmax over merged tokens, pooling heads included. A mean or sum over merged tokens weighs each by its size.
 
-use vitrim_ir::{Attribute, DataType, Effect, FusedAttention, NodeId, Span, Tensor, ValueId};
+use vitrim_ir::{Attribute, DataType, Effect, FusedAttention, NodeId, Span, ValueId};
 
 use super::precision::Coding;
 use super::{Reduction, Rewriter};
@@ -72,10 +72,11 @@ impl Rewriter<'_> {
         let hint = format!("vitrim/{}", graph.value(scores).name());
         let log_size = self.log_size(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let bias = if frame.is_batch_first(layout.rank()) {
-            self.reshape(log_size, &size_shape(layout.rank(), keys), &format!("{hint}/log_size"))
+            let mut row = vec![1; layout.rank()];
+            (row[0], row[keys]) = (0, -1);
+            self.reshape(log_size, &row, &format!("{hint}/log_size"))
         } else {
-            let row = self.with_axes("Squeeze", log_size, &[2], &format!("{hint}/log_size_row"));
-            self.spread(row, &[keys], &frame, &format!("{hint}/log_size"))
+            self.spread_column(log_size, keys, &frame, &format!("{hint}/log_size"))
         };
         let current = self.replacement(scores);
         let coding = self.coding_of_operand(node, 0).ok_or_else(|| self.unscaled(id))?;
@@ -92,8 +93,7 @@ impl Rewriter<'_> {
         let softmax = self.patch.op("Softmax", &format!("{hint}/weights"), &[biased], &axis);
         let coding = self.coding_of_result(node).ok_or_else(|| self.unscaled(id))?;
         let quantised = self.as_coded(softmax, coding, &format!("{hint}/weights_quantised"));
-        self.patch.rewire_uses(graph, weights, quantised, |_| true);
-        self.replaced.insert(weights, quantised);
+        self.replace(weights, quantised);
         Ok(())
     }
 
@@ -145,13 +145,9 @@ impl Rewriter<'_> {
         let (Some(4), Some(channels)) = (rank, channels) else {
             return Err(self.pinned(id, "it is a fused attention whose heads share an axis with the channels"));
         };
-        let span =
-            self.vit.axes.layout(values).and_then(|layout| layout.token_axis()).map_or(Span::ALL, |(_, span)| span);
-        let size = self.size_over(stage, span).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
+        let size = self.size_over(stage, self.span_of(values)).ok_or_else(|| self.pinned(id, "it has no sizes"))?;
         let hint = format!("vitrim/{}", self.graph.value(result).name());
-        let ints = |rewriter: &mut Self, name: &str, values: &[i64]| {
-            rewriter.patch.constant(&format!("{hint}/{name}"), Tensor::shape(values))
-        };
+        let ints = |rewriter: &mut Self, name: &str, values: &[i64]| rewriter.ints(&format!("{hint}/{name}"), values);
         let axis = ints(self, "head_axis", &[1]);
         let size = self.patch.op("Unsqueeze", &format!("{hint}/size"), &[size, axis], &[]);
         let dtype = self.dtype(values);
@@ -170,19 +166,19 @@ impl Rewriter<'_> {
         let mixed = self.patch.op("Slice", &format!("{hint}/mixed"), &[result, zero, start, last], &[]);
         let total = self.patch.op("Slice", &format!("{hint}/total_size"), &[result, start, end, last], &[]);
         let out = self.patch.op("Div", &format!("{hint}/proportional"), &[mixed, total], &[]);
-        self.patch.rewire_uses(self.graph, result, out, |_| true);
+        self.replace(result, out);
         self.patch.forget_type(result);
         Ok(())
     }
 
     /// Logarithm of the sizes of the slots in `span` at a stage, `[B, M, 1]` float32.
     pub(super) fn log_size(&mut self, stage: usize, span: Span) -> Option<ValueId> {
-        if let Some(&log_size) = self.log_sizes.get(&(stage, span)) {
-            return Some(log_size);
+        if let Some(known) = self.part(stage, span).log_size {
+            return Some(known);
         }
         let size = self.size_over(stage, span)?;
         let log_size = self.patch.op("Log", &format!("vitrim/log_size{stage}"), &[size], &[]);
-        self.log_sizes.insert((stage, span), log_size);
+        self.part(stage, span).log_size = Some(log_size);
         Some(log_size)
     }
 
@@ -195,8 +191,7 @@ impl Rewriter<'_> {
         let weights = if frame.is_batch_first(3) && axis == 1 {
             size
         } else {
-            let row = self.with_axes("Squeeze", size, &[2], &format!("{hint}/pooled_size_row"));
-            self.spread(row, &[axis], &frame, &format!("{hint}/pooled_size"))
+            self.spread_column(size, axis, &frame, &format!("{hint}/pooled_size"))
         };
         // What is no quantised operator takes integers for the numbers that they are.
         let plain = Coding::Plain(self.dtype(operand));
@@ -205,7 +200,7 @@ impl Rewriter<'_> {
         let global = matches!(node.op.name.as_str(), "GlobalAveragePool" | "QLinearGlobalAveragePool");
         let keep = if global { 1 } else { node.int("keepdims").unwrap_or(1) };
         let keep = ("keepdims", Attribute::Int(keep));
-        let axes = self.patch.constant(&format!("{hint}/pool_axis"), Tensor::shape(&[axis as i64]));
+        let axes = self.ints(&format!("{hint}/pool_axis"), &[axis as i64]);
         // The operand may be the merged stream itself.
         let operand = self.replacement(operand);
         let tokens = self.as_f32(operand, coding, &format!("{hint}/tokens"));
@@ -219,18 +214,10 @@ impl Rewriter<'_> {
             sum
         };
         let pooled = self.as_coded(pooled, result_coding, &format!("{hint}/pooled_as_tokens"));
-        self.patch.rewire_uses(self.graph, result, pooled, |_| true);
+        self.replace(result, pooled);
         for slot in self.graph.output_slots(result).collect::<Vec<_>>() {
             self.patch.replace_output(slot, pooled);
         }
         Ok(())
     }
-}
-
-/// The shape in which sizes `[B, M, 1]` lie along `axis` of a tensor of `rank` axes, the batch first.
-pub(super) fn size_shape(rank: usize, axis: usize) -> Vec<i64> {
-    let mut shape = vec![1; rank];
-    shape[0] = 0;
-    shape[axis] = -1;
-    shape
 }

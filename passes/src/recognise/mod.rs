@@ -165,19 +165,22 @@ impl VitModel {
         Expr::product(dims)?.div_exact(&self.axes.batch().times(self.axes.tokens())?)?.as_known()
     }
 
-    /// Whether a node takes tokens by position, or leaves some out, beyond the special ones: patches may move.
-    pub fn reads_moving_tokens(&self, graph: &Graph, node: NodeId) -> bool {
-        let (prefix, suffix) = (self.special.prefix() as i64, self.special.suffix as i64);
-        let picks = self.axes.effects_of(node).any(|effect| match *effect {
-            Effect::Pick { first, count } if first >= 0 => first + count as i64 > prefix,
-            Effect::Pick { first, .. } => -first > suffix,
-            _ => false,
+    /// What a node takes of the tokens by position, or leaves out, beyond the first `protect` and the last `suffix`:
+    /// others may move.
+    pub fn reads_moving_tokens(&self, graph: &Graph, node: NodeId, protect: usize, suffix: usize) -> Option<String> {
+        let (protect, suffix) = (protect as i64, suffix as i64);
+        let picked = self.axes.effects_of(node).find_map(|effect| {
+            let Effect::Pick { first, count } = *effect else { return None };
+            let moves = if first >= 0 { first + count as i64 > protect } else { -first > suffix };
+            moves.then(|| format!("{count} from {first} on"))
         });
-        let beyond = |value: ValueId| {
-            let layout = self.axes.layout(value).into_iter().flat_map(|layout| &layout.0);
-            layout.filter_map(|axis| axis.span()).any(|span| span.front > prefix || span.back > suffix)
+        let mut axes =
+            graph.node(node).results().filter_map(|value| self.axes.layout(value)).flat_map(|layout| &layout.0);
+        let left_out = |span: Span| {
+            let moves = span.front > protect || span.back > suffix;
+            moves.then(|| format!("all but the first {} and last {}", span.front, span.back))
         };
-        picks || graph.node(node).results().any(beyond)
+        picked.or_else(|| axes.find_map(|axis| left_out(axis.span()?)))
     }
 
     /// How the heads read the tokens, in one word where there is one: `cls`, `avg`, `map`, `tokens`, `cls+avg`, …

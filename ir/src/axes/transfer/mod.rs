@@ -71,21 +71,10 @@ impl Context<'_> {
             "BiasSplitGelu" => self.halve_channels(node),
             "QuantizeLinear" | "DequantizeLinear" => self.quantize(node),
             "DynamicQuantizeLinear" => Ok(Flow::of(self.operand(node, 0)?.clone())),
-            "MatMul"
-            | "Gemm"
-            | "FusedMatMul"
-            | "TransposeMatMul"
-            | "FusedMatMulActivation"
-            | "FusedGemm"
-            | "GemmFastGelu"
-            | "MatMulInteger"
-            | "MatMulInteger16"
-            | "MatMulIntegerToFloat"
-            | "DynamicQuantizeMatMul"
-            | "QLinearMatMul"
-            | "QGemm" => self.matmul(node),
             "MatMulNBits" | "MatMulBnb4" | "MatMulFpQ4" => self.packed_weights(node),
             "Einsum" => self.einsum(node),
+            // Every other product of matrices.
+            _ if node.factors().is_some() => self.matmul(node),
             "Transpose" => self.transpose(node),
             "Reshape" | "Flatten" => self.reshape(node),
             "Squeeze" => self.squeeze(node),
