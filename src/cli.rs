@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use clap::{Parser, Subcommand};
 use vitrim_passes::Refusal;
 
-use crate::{bench, inspect, rewrite, verify};
+use crate::{bench, inspect, ops, rewrite, verify};
 
 /// Token reduction for Vision Transformers, as compiler passes on ONNX graphs
 #[derive(Parser)]
@@ -31,6 +31,8 @@ enum Command {
     Verify(Box<verify::VerifyArgs>),
     /// Compare the speed of models
     Bench(Box<bench::BenchArgs>),
+    /// Print the path of the library of native kernels, for ONNX Runtime to register
+    Ops,
 }
 
 /// Exit code of refusals and bad input.
@@ -69,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Rewrite(args) => rewrite::rewrite(args),
         Command::Verify(args) => verify::run(args),
         Command::Bench(args) => bench::run(args),
+        Command::Ops => ops::run(),
     });
     match outcome {
         Ok(Ok(code)) => code,

@@ -7,6 +7,7 @@ pub mod bench;
 pub mod cli;
 pub mod feeds;
 pub mod inspect;
+pub mod ops;
 pub mod rewrite;
 pub mod runtime;
 pub mod tensor;

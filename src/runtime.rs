@@ -17,6 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 
+use crate::ops;
 use crate::tensor::{DType, NamedTensors};
 
 /// What a session is fed, by input name.
@@ -155,10 +156,14 @@ pub enum OpsLibrary {
 }
 
 impl FromStr for OpsLibrary {
-    type Err = std::convert::Infallible;
+    type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(if text == "none" { OpsLibrary::None } else { OpsLibrary::At(text.into()) })
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(OpsLibrary::None),
+            "auto" => ops::library().map(OpsLibrary::At).map_err(|error| format!("{error:#}")),
+            path => Ok(OpsLibrary::At(path.into())),
+        }
     }
 }
 
@@ -179,8 +184,9 @@ pub struct RuntimeArgs {
     /// How far ONNX Runtime optimises the graph
     #[arg(long, value_enum, value_name = "LEVEL", default_value = "all")]
     pub optimize: Optimization,
-    /// Custom-op library for ONNX Runtime to load, or `none` to run the functions that the model carries
-    #[arg(long, value_name = "LIB|none", default_value = "none")]
+    /// Library of native kernels for the candidates: a path, `auto` for the one that `vitrim ops` prints, or `none` to run
+    /// the functions that the models carry
+    #[arg(long, value_name = "LIB|auto|none", default_value = "none")]
     pub ops: OpsLibrary,
 }
 
@@ -208,6 +214,13 @@ impl RuntimeArgs {
             }
             RuntimeKind::Ort | RuntimeKind::Cuda => Ok(Box::new(ort::Ort::new(self)?)),
         }
+    }
+}
+
+impl RuntimeArgs {
+    /// The same runtime without a custom-op library: what a reference runs on.
+    pub fn plain(&self) -> Self {
+        RuntimeArgs { ops: OpsLibrary::None, ..self.clone() }
     }
 }
 

@@ -138,14 +138,15 @@ pub(crate) fn print(text: String) -> Result<()> {
 
 /// Runs both sides on all feeds; also says what was fed.
 pub fn find(args: &VerifyArgs) -> Result<(Findings, String)> {
-    let backend = args.runtime.backend()?;
+    // Kernels are judged by what models mean without them.
+    let (plain, backend) = (args.runtime.plain().backend()?, args.runtime.backend()?);
     let mut feed_args = args.feeds.clone();
     let mut reference = if args.reference.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("npz")) {
         ensure!(feed_args.input.is_none(), "a recorded reference is fed its own inputs; leave --input out");
         feed_args.input = Some(args.reference.clone());
         None
     } else {
-        Some(runtime::load(backend.as_ref(), &args.reference)?)
+        Some(runtime::load(plain.as_ref(), &args.reference)?)
     };
     let mut candidate = runtime::load(backend.as_ref(), &args.candidate)?;
 

@@ -4,20 +4,17 @@
 
 mod common;
 
+use common::ops::{Calls, Case, Expected, Reference, VALUE_TOLERANCE};
 use common::{Scratch, conclude, distance, integers, ort, run, runtimes, try_run, vector, vector_index};
-use ndarray::{ArrayD, ArrayView2, Axis, IxDyn};
+use ndarray::{ArrayD, Axis, IxDyn};
 use serde_json::Value as Json;
-use vitrim::runtime::{Feeds, Outputs};
+use vitrim::runtime::Feeds;
 use vitrim::tensor::{DType, NamedTensors, Tensor};
-use vitrim_ir::{Attribute, DataType, DimSpec, GraphBuilder, Model, OpType, TensorType, ValueId};
-use vitrim_ops::{DEFS, DOMAIN, VERSION};
+use vitrim_ir::{Attribute, DataType, GraphBuilder, Model};
 
 /// One opset of each kind that bodies and exporters tell apart: the oldest supported, the last before axes became
 /// inputs, the first after, what newer exporters write, and the newest that ONNX Runtime loads.
 const OPSETS: [i64; 6] = [13, 17, 18, 20, 23, 26];
-
-/// What an operator's values may differ from the oracle's: a few roundings of float32 on entries of size 1 to 4.
-const VALUE_TOLERANCE: f64 = 1e-5;
 
 /// What tokens in float16 may differ from those in float32, relative to the largest: operands and result are rounded to
 /// 11 bits (5e-4 each), and everything between is computed in float32.
@@ -32,157 +29,6 @@ const MEAN_TOLERANCE_HALF: f64 = 2.6e-4;
 
 /// Decisions closer than this depend on the order in which a runtime adds up.
 const MARGIN: f64 = 1e-5;
-
-/// A model of calls to our operators.
-struct Calls {
-    graph: GraphBuilder,
-    opset: i64,
-}
-
-impl Calls {
-    fn new(opset: i64) -> Self {
-        Calls { graph: GraphBuilder::new(), opset }
-    }
-
-    fn input(&mut self, name: &str, dtype: DataType, rank: usize) -> ValueId {
-        self.graph.input(name, Some(&ty(dtype, rank)))
-    }
-
-    fn op(
-        &mut self,
-        name: &str,
-        hint: &str,
-        inputs: &[ValueId],
-        attributes: &[(&str, i64)],
-        results: usize,
-    ) -> Vec<ValueId> {
-        let known = DEFS.iter().any(|def| def.name() == name);
-        assert!(known, "{name} is one of ours");
-        let attributes: Vec<_> = attributes.iter().map(|&(key, value)| (key, Attribute::Int(value))).collect();
-        let inputs = inputs.iter().copied().map(Some).collect();
-        self.graph.call(OpType::of(DOMAIN, name), hint, inputs, &attributes, results)
-    }
-
-    fn output(&mut self, name: &str, value: ValueId, dtype: DataType, rank: usize) {
-        self.graph.output(name, value, Some(&ty(dtype, rank)));
-    }
-
-    fn model(self) -> Model {
-        let functions = DEFS.iter().map(|def| def.function(self.opset)).collect();
-        self.graph.into_model(10, &[("", self.opset), (DOMAIN, VERSION)], functions)
-    }
-}
-
-/// A type with every extent left open.
-fn ty(dtype: DataType, rank: usize) -> TensorType {
-    TensorType { dtype, dims: Some(vec![DimSpec::Unknown; rank]) }
-}
-
-/// One merge: how it is called, and what is fed.
-#[derive(Clone, Debug)]
-struct Case {
-    name: String,
-    r: usize,
-    tokens: usize,
-    protect: usize,
-    suffix: usize,
-    feeds: Feeds,
-}
-
-impl Case {
-    /// How many tokens can merge.
-    fn r_effective(&self) -> usize {
-        self.r.min((self.tokens - self.protect - self.suffix) / 2)
-    }
-
-    /// A model that merges, tells where each token went, and (if there is an input `y_in`) restores.
-    fn model(&self, opset: i64, dynamic: bool, x: DataType) -> Model {
-        use DataType::{F32, I64};
-        let mut calls = Calls::new(opset);
-        let tokens = calls.input("x", x, 3);
-        let metric = calls.input("metric", F32, 3);
-        let size = match self.feeds.get("size") {
-            Some(_) => calls.input("size", F32, 3),
-            None => calls.op("TokenSize", "size", &[tokens], &[], 1)[0],
-        };
-        let (r, n) = (self.r as i64, self.tokens as i64);
-        let common = [("protect", self.protect as i64), ("suffix", self.suffix as i64), ("dtype", x.code().into())];
-        let merged = if dynamic {
-            let r = calls.graph.tensor("r", vitrim_ir::Tensor::shape(&[r]));
-            calls.op("TokenMergeDynamic", "merged", &[tokens, metric, size, r], &common, 5)
-        } else {
-            let attributes = [&[("r", r), ("tokens", n)][..], &common].concat();
-            calls.op("TokenMerge", "merged", &[tokens, metric, size], &attributes, 5)
-        };
-        let assign = calls.op("TokenAssign", "assigned", &merged[2..], &[], 1)[0];
-        if self.feeds.get("y_in").is_some() {
-            let slots = calls.input("y_in", F32, 3);
-            let restored = calls.op("TokenRestore", "spread", &[slots, assign], &[], 1)[0];
-            calls.output("restored", restored, F32, 3);
-        }
-        calls.output("y", merged[0], x, 3);
-        calls.output("size_out", merged[1], F32, 3);
-        calls.output("anchor", merged[2], I64, 2);
-        calls.output("leaving", merged[3], I64, 2);
-        calls.output("assign", assign, I64, 2);
-        calls.model()
-    }
-}
-
-/// What a merge must give.
-struct Expected {
-    assign: ArrayD<i64>,
-    anchor: ArrayD<i64>,
-    y: Tensor,
-    size: Tensor,
-    restored: Option<Tensor>,
-}
-
-impl Expected {
-    /// What is wrong with `outputs`.
-    fn check(&self, case: &Case, outputs: &Outputs) -> Result<(), String> {
-        let get = |name: &str| outputs.get(name).unwrap_or_else(|| panic!("{name} is an output"));
-        let (assign, anchor) = (integers(get("assign")), integers(get("anchor")));
-        if case.r_effective() == 0 {
-            return self.check_reordered(&assign, &anchor, outputs);
-        }
-        if assign != self.assign || anchor != self.anchor {
-            return Err(format!("assign {assign}\nfor {}\nanchor {anchor}\nfor {}", self.assign, self.anchor));
-        }
-        for (name, expected) in [("y", &self.y), ("size_out", &self.size)] {
-            let apart = distance(expected, get(name));
-            if apart > VALUE_TOLERANCE {
-                return Err(format!("{name} is {apart:e} off"));
-            }
-        }
-        match &self.restored {
-            // Copies are exact.
-            Some(expected) if distance(expected, get("restored")) > 0.0 => Err("restored tokens are no copies".into()),
-            _ => Ok(()),
-        }
-    }
-
-    /// Nothing merges: the oracle leaves the tokens where they are, the body lists them in the order of its slots. Every
-    /// token is a slot of its own, unchanged.
-    fn check_reordered(&self, assign: &ArrayD<i64>, anchor: &ArrayD<i64>, outputs: &Outputs) -> Result<(), String> {
-        let undo = |name: &str| {
-            let values = outputs.get(name).expect("an output").to_f64();
-            let mut undone = values.clone();
-            for ((image, mut rows), slots) in undone.outer_iter_mut().enumerate().zip(assign.outer_iter()) {
-                for (mut row, &slot) in rows.outer_iter_mut().zip(slots) {
-                    row.assign(&values.index_axis(Axis(0), image).index_axis(Axis(0), slot as usize));
-                }
-            }
-            Tensor::from(undone)
-        };
-        let own = anchor.shape() == assign.shape()
-            && anchor.outer_iter().zip(assign.outer_iter()).all(|(anchor, assign)| {
-                anchor.iter().enumerate().all(|(slot, &token)| assign[token as usize] == slot as i64)
-            });
-        let apart = distance(&self.y, &undo("y")).max(distance(&self.size, &undo("size_out")));
-        if own && apart <= VALUE_TOLERANCE { Ok(()) } else { Err(format!("r = 0 changes tokens by {apart:e}")) }
-    }
-}
 
 /// The merges of the index, with what the oracle makes of them.
 fn vectors() -> Vec<(Case, Expected)> {
@@ -207,7 +53,8 @@ fn read(unit: &Json, arrays: NamedTensors) -> (Case, Expected) {
         }
     }
     let tokens = get("in_x").shape()[1];
-    let case = Case { name, r: params["r"].as_u64().expect("r") as usize, tokens, protect, suffix: 0, feeds };
+    let heads = [1, get("in_metric").shape()[2], 0];
+    let case = Case { name, r: params["r"].as_u64().expect("r") as usize, tokens, protect, suffix: 0, heads, feeds };
     assert_eq!(case.r_effective() as u64, params["r_effective"].as_u64().expect("r_effective"), "{}", case.name);
     let expected = Expected {
         assign: integers(&get("out_assign")),
@@ -230,10 +77,10 @@ fn check_all(what: &str, cases: &[(Case, Expected)]) {
                 if !dynamic && (case.r == 0 || case.r > case.r_effective()) {
                     continue;
                 }
-                let path = scratch.save("merge", &case.model(opset, dynamic, DataType::F32));
+                let path = scratch.save("merge", &case.model(opset, dynamic));
                 count += 1;
                 let outputs = try_run(backend.as_ref(), &path, &case.feeds);
-                if let Err(reason) = outputs.and_then(|outputs| expected.check(case, &outputs)) {
+                if let Err(reason) = outputs.and_then(|outputs| expected.check(case, &outputs, VALUE_TOLERANCE)) {
                     let form = if dynamic { "dynamic" } else { "static" };
                     failures.push(format!("{} in {}, {form}, opset {opset}: {reason}", case.name, backend.name()));
                 }
@@ -249,71 +96,6 @@ fn merging_is_what_the_oracle_says() {
     let of = |part: &str| vectors.iter().filter(|(case, _)| case.name.contains(part)).count();
     assert!(of("ties") > 0 && of("c1d1") > 0 && of("c0d0") > 0 && of("_p5") > 0, "a kind of vectors is missing");
     check_all("merging", &vectors);
-}
-
-/// Bipartite soft matching once more, as plain as can be, for what the vectors leave out: protected tokens at the end,
-/// and tokens that are zero.
-fn reference(case: &Case) -> Expected {
-    let array = |name: &str| case.feeds.get(name).expect("it is fed").to_f64();
-    let (x, metric, size) = (array("x"), array("metric"), array("size"));
-    let (batch, n, width) = (x.shape()[0], x.shape()[1], x.shape()[2]);
-    let slots = n - case.r;
-    let mut expected_y: ArrayD<f64> = ArrayD::zeros(IxDyn(&[batch, slots, width]));
-    let mut expected_size: ArrayD<f64> = ArrayD::zeros(IxDyn(&[batch, slots, 1]));
-    let (mut assign, mut anchor) = (Vec::new(), Vec::new());
-    for image in 0..batch {
-        let metric = metric.index_axis(Axis(0), image).into_dimensionality().expect("rows of channels");
-        let (anchors, partners) = match_tokens(case, metric);
-        let mut slot_of = vec![0; n];
-        anchors.iter().enumerate().for_each(|(slot, &token)| slot_of[token] = slot);
-        partners.iter().for_each(|&(token, into)| slot_of[token] = slot_of[into]);
-        for (token, &slot) in slot_of.iter().enumerate() {
-            let weight = size[[image, token, 0]];
-            expected_size[[image, slot, 0]] += weight;
-            (0..width).for_each(|at| expected_y[[image, slot, at]] += weight * x[[image, token, at]]);
-        }
-        assign.extend(slot_of.iter().map(|&slot| slot as i64));
-        anchor.extend(anchors.iter().map(|&token| token as i64));
-    }
-    expected_y /= &expected_size;
-    let indices = |count, values| ArrayD::from_shape_vec(IxDyn(&[batch, count]), values).expect("one row per image");
-    Expected {
-        assign: indices(n, assign),
-        anchor: indices(slots, anchor),
-        y: Tensor::from(expected_y),
-        size: Tensor::from(expected_size),
-        restored: None,
-    }
-}
-
-/// The token of every slot, and for each leaving token the one that it joins.
-fn match_tokens(case: &Case, metric: ArrayView2<f64>) -> (Vec<usize>, Vec<(usize, usize)>) {
-    let end = case.tokens - case.suffix;
-    let cosine = |a: usize, b: usize| {
-        let (a, b) = (metric.row(a), metric.row(b));
-        let norms = a.dot(&a).sqrt() * b.dot(&b).sqrt();
-        if norms > 0.0 { a.dot(&b) / norms } else { 0.0 }
-    };
-    let (even, odd): (Vec<usize>, Vec<usize>) = (case.protect..end).partition(|token| token % 2 == 0);
-    let mut edges: Vec<(f64, usize, usize)> = Vec::new();
-    for &a in &even {
-        let mut best = (f64::NEG_INFINITY, a, 0);
-        for &b in &odd {
-            if cosine(a, b) > best.0 {
-                best = (cosine(a, b), a, b);
-            }
-        }
-        edges.push(best);
-    }
-    // A stable sort: the lowest position first among equals.
-    edges.sort_by(|a, b| b.0.total_cmp(&a.0));
-    let leaving = edges.iter().take(case.r).map(|&(_, a, b)| (a, b)).collect();
-    let mut staying: Vec<usize> = edges.iter().skip(case.r).map(|&(_, a, _)| a).collect();
-    if case.protect > 0 {
-        staying.sort_unstable();
-    }
-    let anchors = (0..case.protect).chain(staying).chain(odd).chain(end..case.tokens).collect();
-    (anchors, leaving)
 }
 
 /// Deterministic numbers in −1..1, multiples of 1/1024.
@@ -333,14 +115,22 @@ fn made(tokens: usize, r: usize, protect: usize, suffix: usize) -> Case {
     feeds.push("metric", tensor([2, tokens, 8], seed + 2));
     let sizes = numbers([2, tokens, 1], seed + 3).mapv(|x| (x * 4.0).trunc().abs() + 1.0);
     feeds.push("size", Tensor::from_f64(DType::F32, &sizes));
-    Case { name: format!("n{tokens} r{r} protect {protect} suffix {suffix}"), r, tokens, protect, suffix, feeds }
+    Case {
+        name: format!("n{tokens} r{r} protect {protect} suffix {suffix}"),
+        r,
+        tokens,
+        protect,
+        suffix,
+        heads: [1, 8, 0],
+        feeds,
+    }
 }
 
 #[test]
 fn tokens_at_the_end_are_protected() {
     let cases = [(27, 6, 1, 3), (27, 5, 2, 4), (28, 11, 0, 5), (28, 4, 3, 1), (12, 1, 0, 10)];
     let cases = cases.map(|(tokens, r, protect, suffix)| made(tokens, r, protect, suffix));
-    check_all("suffix", &cases.map(|case| (case.clone(), reference(&case))));
+    check_all("suffix", &cases.map(|case| (case.clone(), Reference::new(&case).expected())));
 }
 
 #[test]
@@ -351,7 +141,7 @@ fn a_row_of_zeros_is_similar_to_nothing() {
             metric.index_axis_mut(Axis(1), token).fill(0.0);
         }
         case.feeds = with(&case.feeds, "metric", Tensor::from_f64(DType::F32, &metric));
-        let expected = reference(&case);
+        let expected = Reference::new(&case).expected();
         (case, expected)
     });
     check_all("zeros", &cases);
@@ -377,7 +167,7 @@ fn a_metric_that_is_not_a_number_loses_no_token() {
                 metric.fill(f64::NAN);
             }
             let feeds = with(&case.feeds, "metric", Tensor::from_f64(DType::F32, &metric));
-            let path = scratch.save("nan", &case.model(17, dynamic, DataType::F32));
+            let path = scratch.save("nan", &case.model(17, dynamic));
             let outputs = run(backend.as_ref(), &path, &feeds);
             let get = |name: &str| outputs.get(name).expect("an output");
             let listed = [integers(get("anchor")), integers(get("leaving"))];
@@ -409,10 +199,10 @@ fn half_precision_tokens_merge_in_single_precision() {
     let (mut count, mut failures) = (0, Vec::new());
     for (case, expected) in vectors().iter().filter(|(case, _)| case.r_effective() > 0) {
         let half = Tensor::from_f64(DType::F16, &case.feeds.get("x").expect("it is fed").to_f64());
-        let feeds = with(&case.feeds, "x", half);
+        let case = Case { feeds: with(&case.feeds, "x", half), ..case.clone() };
         for opset in OPSETS {
-            let path = scratch.save("half", &case.model(opset, true, DataType::F16));
-            let outputs = run(backend.as_ref(), &path, &feeds);
+            let path = scratch.save("half", &case.model(opset, true));
+            let outputs = run(backend.as_ref(), &path, &case.feeds);
             let y = outputs.get("y").expect("an output");
             assert_eq!(y.dtype(), DType::F16);
             count += 1;
@@ -510,7 +300,10 @@ fn merges_compose_to_the_source_of_every_token() {
                 feeds.push(name, tensor.clone());
                 let before = size.unwrap_or_else(|| calls.op("TokenSize", "ones", &[metric], &[], 1)[0]);
                 let tokens = tensor.shape()[1] as i64;
-                let attributes = [("r", r), ("tokens", tokens), ("protect", 1), ("suffix", 0), ("dtype", 1)];
+                let channels = tensor.shape()[2] as i64;
+                let of_metric = [("heads", 1), ("head_dim", channels), ("metric_at", 0)];
+                let of_tokens = [("r", r), ("tokens", tokens), ("protect", 1), ("suffix", 0), ("dtype", 1)];
+                let attributes = [&of_tokens[..], &of_metric].concat();
                 let merged = calls.op("TokenMerge", "merged", &[metric, metric, before], &attributes, 5);
                 let assign = calls.op("TokenAssign", "assign", &merged[2..], &[], 1)[0];
                 let axis = [("axis", Attribute::Int(1))];
@@ -536,7 +329,7 @@ fn merges_compose_to_the_source_of_every_token() {
 }
 
 /// Attention in the forms that the merge pass writes: the logarithm of the sizes added to the scores; values that are
-/// scaled by size, with the sizes as one more channel; and keys with that logarithm as one more channel.
+/// scaled by size, with the sizes as one more channel; keys with that logarithm as one more channel; and our operator.
 #[test]
 fn all_forms_of_proportional_attention_are_the_oracles() {
     let index = vector_index();
@@ -554,9 +347,13 @@ fn all_forms_of_proportional_attention_are_the_oracles() {
             let path = scratch.save("attention", &attention(opset, scale, arrays.get("in_v").expect("values").shape()));
             for backend in runtimes() {
                 let outputs = run(backend.as_ref(), &path, &feeds);
-                for (name, expected) in
-                    [("probs", "out_probs"), ("biased", "out_out"), ("scaled", "out_out"), ("keyed", "out_out")]
-                {
+                for (name, expected) in [
+                    ("probs", "out_probs"),
+                    ("biased", "out_out"),
+                    ("scaled", "out_out"),
+                    ("keyed", "out_out"),
+                    ("ours", "out_out"),
+                ] {
                     let apart =
                         distance(arrays.get(expected).expect("expected"), outputs.get(name).expect("an output"));
                     count += 1;
@@ -627,7 +424,24 @@ fn attention(opset: i64, scale: f32, values: &[usize]) -> Model {
     let weights = graph.op("Softmax", "keyed_softmax", &[scores], &last);
     let keyed = graph.op("MatMul", "mixed_keyed", &[weights, v], &[]);
 
-    for (name, value) in [("probs", probs), ("biased", out), ("scaled", scaled), ("keyed", keyed)] {
+    let joined = [q, k, v].map(|operand| {
+        let operand = calls.graph.op("Transpose", "tokens_first", &[operand], &perm(&[0, 2, 1, 3]));
+        let shape = ints(&mut calls.graph, &[0, 0, -1]);
+        calls.graph.op("Reshape", "channels_joined", &[operand, shape], &[])
+    });
+    let int = |name: &'static str, value: i64| (name, Attribute::Int(value));
+    let form = [
+        [int("heads", values[1] as i64), int("head_dim", channels), int("dtype", 1)],
+        [int("q_at", 0), int("k_at", 0), int("v_at", 0)],
+    ];
+    let attributes = [&form.concat()[..], &[("scale", Attribute::Float(factor))]].concat();
+    let ours = calls.op_with("ProportionalAttention", "of_heads", &[&joined[..], &[size]].concat(), &attributes, 1)[0];
+    let shape = ints(&mut calls.graph, &[0, 0, values[1] as i64, channels]);
+    let ours = calls.graph.op("Reshape", "heads_apart", &[ours, shape], &[]);
+    let ours = calls.graph.op("Transpose", "heads_first", &[ours], &perm(&[0, 2, 1, 3]));
+
+    let all = [("probs", probs), ("biased", out), ("scaled", scaled), ("keyed", keyed), ("ours", ours)];
+    for (name, value) in all {
         calls.output(name, value, DataType::F32, 4);
     }
     calls.model()

@@ -3,7 +3,8 @@
 mod common;
 
 use common::{
-    Entry, Scratch, conclude, constant, fixtures, images, integers, load, merge, ort, relative, tract, try_run, zoo,
+    Entry, Scratch, conclude, constant, fixtures, images, integers, kernels, load, merge, ort, relative, tract,
+    try_run, zoo,
 };
 use serde_json::Value as Json;
 use vitrim::inspect::Inspection;
@@ -125,6 +126,76 @@ fn merged_models_run_and_keep_the_shapes_of_outputs() {
     assert!(in_tract > 0, "tract runs no model of the zoo");
     println!("{in_tract} of the runs in tract");
     conclude("shapes", count, &failures);
+}
+
+/// Attention without bias or mask becomes one operator, however the exporter wrote it. Others keep their softmax.
+#[test]
+fn plain_attention_becomes_one_operator() {
+    let plain = [
+        "flax_nnx_vit_functions_op18",
+        "hf_vit_sdpa_dynamo18",
+        "hf_vit_sdpa_ts14",
+        "timm_deit_dist_ts17",
+        "timm_dinov2_reg4_swiglu_ts17",
+        "timm_vit_avg_nocls_ts17",
+        "timm_vit_dynamo18_fused",
+        "timm_vit_features_ts17",
+        "timm_vit_fp16_ts17",
+        "timm_vit_ts17_fused",
+        "timm_vit_ts17_unfused",
+    ];
+    let (mut count, mut failures) = (0, Vec::new());
+    for entry in zoo() {
+        let model = entry.read();
+        let Ok((merged, report)) = merge(&model, constant(R)) else { continue };
+        let of = |names: &[&str]| {
+            let called = |node: &vitrim_ir::Node| node.op.domain == "ai.vitrim" || node.op.domain.is_empty();
+            merged.graph().nodes().filter(|(_, node)| called(node) && names.contains(&node.op.name.as_str())).count()
+        };
+        let (ours, softmax) = (of(&["ProportionalAttention"]), of(&["Softmax"]));
+        if plain.contains(&entry.name.as_str()) {
+            count += 1;
+            // All blocks but the first attend over merged tokens.
+            if softmax > 0 || ours + 1 != report.steps.len() {
+                failures.push(format!("{}: {ours} operators, {softmax} softmaxes left", entry.name));
+            }
+        } else if ours > 0 && entry.name.contains("rope") {
+            failures
+                .push(format!("{}: rotary positions between projection and scores are no plain attention", entry.name));
+        }
+    }
+    assert!(count > 0, "no plain model is here");
+    conclude("plain attention", count, &failures);
+}
+
+/// Kernels take other routes to the same numbers: sums in another order, an exponential of their own, and no scores in
+/// float16.
+const KERNEL_TOLERANCE: f64 = 1e-4;
+
+#[test]
+fn kernels_compute_what_the_files_mean() {
+    let scratch = Scratch::new("kernels");
+    let (plain, native) = (ort(), kernels());
+    let (mut count, mut failures) = (0, Vec::new());
+    for entry in zoo() {
+        let model = entry.read();
+        let spec = MergeSpec { trace_source: true, ..constant(R) };
+        let Ok((merged, _)) = merge(&model, spec) else { continue };
+        let tolerance = if entry.is_coarse(&model) { COARSE_TOLERANCE } else { KERNEL_TOLERANCE };
+        let path = scratch.save_as(&entry.name, &merged, &entry.model);
+        for feeds in entry.feeds(load(plain.as_ref(), &entry.model).as_ref()) {
+            count += 1;
+            let meant = try_run(plain.as_ref(), &path, &feeds).unwrap_or_else(|reason| panic!("{reason}"));
+            match try_run(native.as_ref(), &path, &feeds) {
+                Ok(outputs) => failures.extend(meant.iter().filter_map(|(name, tensor)| {
+                    let apart = relative(tensor, outputs.get(name)?);
+                    (apart.is_nan() || apart > tolerance).then(|| format!("{}: {name} is {apart:e} off", entry.name))
+                })),
+                Err(reason) => failures.push(reason),
+            }
+        }
+    }
+    conclude("kernels", count, &failures);
 }
 
 /// What is seen of a model, as the facts have it: blocks of all towers together, and one number where all have the same.

@@ -44,6 +44,12 @@ impl Body {
         self.unsqueeze(scalar, &[0], name)
     }
 
+    /// The function's attribute `name`, a scalar.
+    pub fn float_attribute(&mut self, name: &str) -> ValueId {
+        let reference = Attribute::Ref(name.into(), attribute_type::FLOAT);
+        self.graph.op("Constant", name, &[], &[("value_float", reference)])
+    }
+
     pub fn ints(&mut self, hint: &str, values: &[i64]) -> ValueId {
         self.graph.tensor(hint, Tensor::shape(values))
     }
@@ -62,6 +68,22 @@ impl Body {
         self.op_with("Cast", hint, &[value], &[("to", Attribute::Int(1))])
     }
 
+    /// Converts to the type that the function's attribute `dtype` says.
+    pub fn as_dtype(&mut self, value: ValueId, hint: &str) -> ValueId {
+        let target = Attribute::Ref("dtype".into(), attribute_type::INT);
+        self.op_with("Cast", hint, &[value], &[("to", target)])
+    }
+
+    /// Heads of channels, `[B, N, heads, head_dim]`: the channels of `x` `[B, N, W]` from `at` on, head after head.
+    pub fn heads(&mut self, x: ValueId, at: ValueId, heads: ValueId, head_dim: ValueId, hint: &str) -> ValueId {
+        let width = self.op("Mul", &format!("{hint}_width"), &[heads, head_dim]);
+        let end = self.op("Add", &format!("{hint}_end"), &[at, width]);
+        let window = self.slice(x, at, end, 2, 1, &format!("{hint}_window"));
+        let keep = self.ints(&format!("{hint}_keep"), &[0, 0]);
+        let target = self.concat(&[keep, heads, head_dim], 0, &format!("{hint}_target"));
+        self.op("Reshape", &format!("{hint}_heads"), &[window, target])
+    }
+
     /// Every `step`-th entry of `axis` from `start` to before `end`.
     pub fn slice(&mut self, value: ValueId, start: ValueId, end: ValueId, axis: i64, step: i64, hint: &str) -> ValueId {
         let axis = self.ints(&format!("{hint}_axis"), &[axis]);
@@ -77,15 +99,19 @@ impl Body {
 
     /// The largest entry along the last axis, which goes away.
     pub fn max_last(&mut self, value: ValueId, hint: &str) -> ValueId {
-        let keep = ("keepdims", Attribute::Int(1));
-        let kept = format!("{hint}_kept");
-        let largest = if self.opset >= 18 {
-            let axes = self.ints(&format!("{hint}_axes"), &[-1]);
-            self.op_with("ReduceMax", &kept, &[value, axes], &[keep])
-        } else {
-            self.op_with("ReduceMax", &kept, &[value], &[("axes", Attribute::Ints(vec![-1])), keep])
-        };
+        let largest = self.reduce("ReduceMax", value, -1, 1, &format!("{hint}_kept"));
         self.squeeze_last(largest, hint)
+    }
+
+    /// A reduction over `axis`, whose axes are an input from operator set 18 on.
+    pub fn reduce(&mut self, name: &str, value: ValueId, axis: i64, keep: i64, hint: &str) -> ValueId {
+        let keep = ("keepdims", Attribute::Int(keep));
+        if self.opset >= 18 {
+            let axes = self.ints(&format!("{hint}_axes"), &[axis]);
+            self.op_with(name, hint, &[value, axes], &[keep])
+        } else {
+            self.op_with(name, hint, &[value], &[("axes", Attribute::Ints(vec![axis])), keep])
+        }
     }
 
     /// The position of the largest entry along the last axis, which goes away; the lowest among equals.

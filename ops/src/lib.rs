@@ -5,22 +5,39 @@
 //!
 //! Everything follows from one concept, the *grouping* of N tokens to M slots: `anchor` `[B, M]` names the token that
 //! each slot keeps the place of, `assign` `[B, N]` the slot of each token.
-#![forbid(unsafe_code)]
+//!
+//! In each folder: `mod.rs` says what the operator is, `body.rs` means it (feature `bodies`), `cpu.rs` and `cuda.rs` are
+//! kernels (features `cpu`, `cuda`).
+#![deny(unsafe_code)]
 
+pub mod attention;
+#[cfg(feature = "bodies")]
 mod body;
-mod token_assign;
-mod token_mean;
-mod token_merge;
-mod token_restore;
-mod token_size;
+#[cfg(feature = "cpu")]
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+mod heads;
+pub mod token_assign;
+pub mod token_mean;
+pub mod token_merge;
+pub mod token_restore;
+pub mod token_size;
 
+#[cfg(feature = "bodies")]
 use vitrim_ir::{Function, OpType};
 
-pub use token_assign::TokenAssign;
-pub use token_mean::TokenMean;
-pub use token_merge::{TokenMerge, TokenMergeDynamic};
-pub use token_restore::TokenRestore;
-pub use token_size::TokenSize;
+#[cfg(feature = "bodies")]
+pub use self::{
+    attention::{Attention, ProportionalAttention},
+    token_assign::TokenAssign,
+    token_mean::TokenMean,
+    token_merge::{TokenMerge, TokenMergeDynamic},
+    token_restore::TokenRestore,
+    token_size::TokenSize,
+};
+
+pub use self::heads::Heads;
 
 /// The operators' domain.
 pub const DOMAIN: &str = "ai.vitrim";
@@ -30,6 +47,7 @@ pub const VERSION: i64 = 1;
 pub const MIN_OPSET: i64 = 13;
 
 /// An operator: its name and its meaning.
+#[cfg(feature = "bodies")]
 pub trait OpDef: Sync {
     /// Name within [`DOMAIN`].
     fn name(&self) -> &'static str;
@@ -44,5 +62,14 @@ pub trait OpDef: Sync {
 }
 
 /// All operators.
-pub static DEFS: &[&dyn OpDef] =
-    &[&TokenMerge, &TokenMergeDynamic, &TokenSize, &TokenAssign, &TokenRestore, &TokenMean];
+#[cfg(feature = "bodies")]
+pub static DEFS: &[&dyn OpDef] = &[
+    &TokenMerge,
+    &TokenMergeDynamic,
+    &TokenSize,
+    &TokenAssign,
+    &TokenRestore,
+    &TokenMean,
+    &Attention,
+    &ProportionalAttention,
+];

@@ -5,9 +5,10 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 use vitrim_ir::{
-    DataType, InlineError, LIFTED, LiftError, Model, Patch, PatchError, canonicalise, inline_functions, lift_opset,
+    DataType, InlineError, LIFTED, LiftError, Model, OpType, Patch, PatchError, canonicalise, inline_functions,
+    lift_opset,
 };
-use vitrim_ops::DOMAIN;
+use vitrim_ops::{Attention, DOMAIN, OpDef, ProportionalAttention};
 
 use crate::Refusal;
 use crate::cost::{Cost, cost};
@@ -76,13 +77,17 @@ pub struct TowerReport {
     pub steps: Vec<Step>,
 }
 
-/// A model that is ready to be analysed: local functions of others inlined, its operators those of a version that bodies
-/// of ours can be written in, and in canonical form.
+/// A model that is ready to be analysed: local functions of others and attention of ours inlined, its operators those of a
+/// version that bodies of ours can be written in, and in canonical form.
 pub fn prepare(model: &Model) -> Result<(Model, Vec<String>), Refusal> {
     let mut model = model.clone();
     let refused = |error: InlineError| Refusal::Request(error.to_string());
     let mut notes = Vec::new();
-    if inline_functions(&mut model, |op| op.domain != DOMAIN).map_err(refused)? {
+    // Attention of ours becomes what it was: it is found by its softmax, whoever wrote it.
+    let ours = |op: &OpType| {
+        op.domain == DOMAIN && ![Attention.name(), ProportionalAttention.name()].contains(&op.name.as_str())
+    };
+    if inline_functions(&mut model, |op| !ours(op)).map_err(refused)? {
         notes.push("the model's local functions were inlined".into());
     }
     let opset = model.opsets().standard();

@@ -77,7 +77,12 @@ impl Ort {
 
 impl Backend for Ort {
     fn name(&self) -> &str {
-        if self.cuda { "cuda" } else { "ort" }
+        match (self.cuda, &self.ops) {
+            (false, OpsLibrary::None) => "ort",
+            (false, OpsLibrary::At(_)) => "ort with kernels",
+            (true, OpsLibrary::None) => "cuda",
+            (true, OpsLibrary::At(_)) => "cuda with kernels",
+        }
     }
 
     fn load(&self, model: &Path) -> Result<Box<dyn Session>> {

@@ -3,13 +3,15 @@
 // Every test file is a crate of its own and uses its part of this.
 #![allow(dead_code)]
 
+pub mod ops;
+
 use std::path::{Path, PathBuf};
 
 use ndarray::ArrayD;
 use serde_json::Value as Json;
 use tempfile::TempDir;
 use vitrim::feeds::{self, FeedArgs};
-use vitrim::runtime::{self, Backend, Feeds, Outputs, RuntimeArgs, RuntimeKind, Session};
+use vitrim::runtime::{self, Backend, Feeds, OpsLibrary, Outputs, RuntimeArgs, RuntimeKind, Session};
 use vitrim::tensor::compare::Comparison;
 use vitrim::tensor::npz::read_npz;
 use vitrim::tensor::{NamedTensors, Tensor};
@@ -24,14 +26,22 @@ pub fn ort() -> Box<dyn Backend> {
     args.backend().expect("ONNX Runtime is needed: `cargo xtask test` installs it and runs the tests")
 }
 
+/// The same with native kernels of our operators.
+pub fn kernels() -> Box<dyn Backend> {
+    let library = vitrim::ops::library().expect("the kernels are needed: `cargo xtask test` builds them");
+    let ops = OpsLibrary::At(library);
+    let args = RuntimeArgs { runtime: RuntimeKind::Ort, threads: Some(1), ops, ..RuntimeArgs::default() };
+    args.backend().expect("ONNX Runtime is needed: `cargo xtask test` installs it and runs the tests")
+}
+
 /// The embedded runtime.
 pub fn tract() -> Box<dyn Backend> {
     RuntimeArgs::default().backend().expect("tract is compiled in")
 }
 
 /// Every runtime that results must agree in.
-pub fn runtimes() -> [Box<dyn Backend>; 2] {
-    [tract(), ort()]
+pub fn runtimes() -> [Box<dyn Backend>; 3] {
+    [tract(), ort(), kernels()]
 }
 
 /// Loads a model and runs it once.

@@ -1,14 +1,15 @@
 //! Chores around the workspace: `cargo xtask help` lists them.
 //!
 //! Each command first makes the Python environments that it needs (see [`environment`]) and then hands over to cargo or
-//! to a script of `tests/python`, whose exit status becomes its own. With `--offline` among the arguments nothing is
+//! to a Python script, whose exit status becomes its own. With `--offline` among the arguments nothing is
 //! downloaded: environments must be there already.
 
 mod environment;
 
+use std::env::consts::{DLL_PREFIX, DLL_SUFFIX, EXE_SUFFIX};
 use std::ffi::OsStr;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use environment::Environment;
@@ -23,6 +24,13 @@ cargo xtask COMMAND [ARGUMENT...]
   parity    merged timm exports against the reference (tests/python/parity.py); installs PyTorch: about 7 GB
   coverage FOLDER
             write docs/coverage.md from the models of FOLDER (with .json and .npz beside them; default: fixtures/zoo)
+  memcheck  tests of the CPU kernels under valgrind, and built with AddressSanitizer; says what it skips (Linux)
+  ptx [--check] [--verbose]
+            compile the CUDA kernels to ops/ptx, or check that this has been done (Linux; installs 64 MB; no GPU needed)
+  gpu-check [ARGUMENT...]
+            check and time everything on an NVIDIA GPU (tests/python/gpu_check.py); installs CUDA's libraries: about 2 GB
+  gpu-pack DIR [--python 3.12]
+            write what gpu-check needs into DIR, for a machine without network (DIR/run.sh runs it); no GPU needed
   help      print this
 
 --offline never downloads. PYTHON names the interpreter that environments are made with (default: python3).";
@@ -39,6 +47,12 @@ const OLD_RUNTIMES: [(&str, Environment); 2] = [
 /// PyTorch and timm, to export models of known weights.
 const PARITY: Environment = Environment::new(".venv-parity", "tests/python/requirements-parity.txt");
 
+/// NVRTC and ptxas.
+const PTX: Environment = Environment::new(".venv-ptx", "xtask/requirements-ptx.txt");
+
+/// ONNX Runtime for CUDA.
+const GPU: Environment = Environment::new(".venv-gpu", "tests/python/requirements-gpu.txt");
+
 fn main() -> ExitCode {
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     let command = if arguments.is_empty() { "help".to_owned() } else { arguments.remove(0) };
@@ -49,6 +63,10 @@ fn main() -> ExitCode {
         "compat" => compat(&arguments),
         "parity" => parity(&arguments),
         "coverage" => coverage(&arguments),
+        "memcheck" => memcheck(offline(&arguments)),
+        "ptx" => ptx(&arguments),
+        "gpu-check" => gpu_check(&arguments),
+        "gpu-pack" => gpu_pack(&arguments),
         "help" | "-h" | "--help" => {
             println!("{HELP}");
             Ok(())
@@ -132,14 +150,24 @@ fn setup(arguments: &[String]) -> Outcome {
 }
 
 fn test(arguments: &[String]) -> Outcome {
-    let python = TEST.prepare(root(), offline(arguments))?;
+    let offline = offline(arguments);
+    let python = TEST.prepare(root(), offline)?;
     hand_over(
         Command::new(cargo())
             .args(["test", "--workspace"])
             .args(arguments)
             .env("ORT_DYLIB_PATH", python.runtime_library()?)
+            .env("VITRIM_OPS", kernels(offline)?)
             .env("VITRIM_PYTHON", python.program()),
     )
+}
+
+/// Builds the library of native kernels, by itself: with the workspace it would be built with all features.
+fn kernels(offline: bool) -> Result<PathBuf, Failure> {
+    hand_over(
+        Command::new(cargo()).args(["build", "--package", "vitrim-ops-abi"]).args(offline.then_some("--offline")),
+    )?;
+    Ok(root().join(format!("target/debug/{DLL_PREFIX}vitrim_ops{DLL_SUFFIX}")))
 }
 
 fn compat(arguments: &[String]) -> Outcome {
@@ -151,6 +179,7 @@ fn compat(arguments: &[String]) -> Outcome {
         script.arg("--runtime").arg(environment.prepare(root(), offline)?.program());
     }
     build(offline)?;
+    script.env("VITRIM_OPS", kernels(offline)?);
     hand_over(script.arg("--runtime").arg(current.program()).args(arguments))
 }
 
@@ -159,6 +188,83 @@ fn parity(arguments: &[String]) -> Outcome {
     let python = PARITY.prepare(root(), offline)?;
     build(offline)?;
     hand_over(Command::new(python.program()).arg(root().join("tests/python/parity.py")).args(arguments))
+}
+
+/// The kernels' own tests, with eyes on their memory. What the machine lacks is skipped aloud; all of it is an error.
+fn memcheck(offline: bool) -> Outcome {
+    let tests = || {
+        let mut command = Command::new(cargo());
+        command.args(["test", "--package", "vitrim-ops", "--no-default-features", "--features", "cpu", "--lib"]);
+        command.args(offline.then_some("--offline"));
+        command
+    };
+    let has_valgrind = Command::new("valgrind").arg("--version").output().is_ok_and(|version| version.status.success());
+    if has_valgrind {
+        println!("memcheck: valgrind");
+        // The test harness leaves what it uses until its end: that is no leak.
+        let leaks = ["--leak-check=full", "--show-leak-kinds=definite", "--errors-for-leak-kinds=definite"];
+        let runner = format!("['valgrind', '--quiet', '--error-exitcode=9', '{}']", leaks.join("', '"));
+        // Its virtual processor runs one thread at a time.
+        let runner = format!("target.'cfg(all())'.runner = {runner}");
+        hand_over(tests().args(["--config", &runner, "--", "--test-threads=1"]))?;
+    } else {
+        eprintln!("memcheck: SKIPPED valgrind: it is not installed");
+    }
+    // The toolchains of rustup carry the sanitizer's runtime, those of distributions may not.
+    let libraries = Command::new("rustc").args(["--print", "target-libdir"]).output()?.stdout;
+    let libraries = PathBuf::from(String::from_utf8(libraries)?.trim());
+    let has_asan = std::fs::read_dir(&libraries)?
+        .any(|entry| entry.is_ok_and(|entry| entry.file_name().to_string_lossy().ends_with("_rt.asan.a")));
+    if has_asan {
+        println!("memcheck: AddressSanitizer");
+        // With a target of its own, what runs while building is built without it.
+        let apart = ["--target", "host-tuple", "--target-dir", "target/asan"];
+        hand_over(tests().args(apart).env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", "-Zsanitizer=address"))?;
+    } else {
+        eprintln!("memcheck: SKIPPED AddressSanitizer: {} has no runtime of it", libraries.display());
+    }
+    if has_valgrind || has_asan { Ok(()) } else { Err("memcheck: nothing was checked".into()) }
+}
+
+fn ptx(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let python = PTX.prepare(root(), offline)?;
+    hand_over(Command::new(python.program()).arg(root().join("xtask/ptx.py")).arg(root()).args(arguments))
+}
+
+fn gpu_check(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let python = GPU.prepare(root(), offline)?;
+    let [program, library] = release(offline)?;
+    hand_over(
+        Command::new(python.program())
+            .arg(root().join("tests/python/gpu_check.py"))
+            .arg("--vitrim")
+            .arg(program)
+            .arg("--ops")
+            .arg(library)
+            .args(arguments),
+    )
+}
+
+fn gpu_pack(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    // pip alone is used, which every environment has.
+    let python = TEST.prepare(root(), offline)?;
+    let built = release(offline)?;
+    hand_over(
+        Command::new(python.program()).arg(root().join("xtask/gpu_pack.py")).arg(root()).args(built).args(arguments),
+    )
+}
+
+/// Builds the program and the library of native kernels, each by itself (see [`kernels`]), as users have them.
+fn release(offline: bool) -> Result<[PathBuf; 2], Failure> {
+    for package in ["vitrim", "vitrim-ops-abi"] {
+        let build = ["build", "--release", "--package", package];
+        hand_over(Command::new(cargo()).args(build).args(offline.then_some("--offline")))?;
+    }
+    let built = [format!("vitrim{EXE_SUFFIX}"), format!("{DLL_PREFIX}vitrim_ops{DLL_SUFFIX}")];
+    Ok(built.map(|name| root().join("target/release").join(name)))
 }
 
 /// The program that the scripts test, unless VITRIM_BIN names another.

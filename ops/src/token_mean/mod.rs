@@ -10,35 +10,12 @@
 //! Position tables follow merged tokens so: what a table adds to tokens or multiplies them with, it then adds to their
 //! mean, or multiplies it with. Computed in float32; attribute `dtype` is the type of `y`.
 
-use vitrim_ir::{Attribute, Function, attribute_type};
+#[cfg(feature = "bodies")]
+mod body;
+#[cfg(feature = "cpu")]
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
-use crate::OpDef;
-use crate::body::Body;
-
-/// The mean over each slot.
-pub struct TokenMean;
-
-impl OpDef for TokenMean {
-    fn name(&self) -> &'static str {
-        "TokenMean"
-    }
-
-    fn function(&self, opset: i64) -> Function {
-        let mut body = Body::new(opset);
-        let [table, assign, size] = ["table", "assign", "size"].map(|name| body.input(name));
-        let shape = body.op("Shape", "size_shape", &[size]);
-        let (one, two) = (body.ints("one", &[1]), body.ints("two", &[2]));
-        let slots = body.slice(shape, one, two, 0, 1, "slots");
-        let slots = body.iota(slots, "slot_ids");
-        let slots = body.unsqueeze(slots, &[0, 2], "slot_column");
-        let assign = body.unsqueeze(assign, &[1], "assign_row");
-        let member = body.op("Equal", "member", &[slots, assign]);
-        let member = body.as_f32(member, "member_f32");
-        let table = body.as_f32(table, "table_f32");
-        let sum = body.op("MatMul", "sum", &[member, table]);
-        let mean = body.op("Div", "mean", &[sum, size]);
-        let target = Attribute::Ref("dtype".into(), attribute_type::INT);
-        let y = body.op_with("Cast", "mean_as_table", &[mean], &[("to", target)]);
-        body.finish(self.name(), &["dtype"], &[("y", y)], "What has an entry for each token, averaged over each slot.")
-    }
-}
+#[cfg(feature = "bodies")]
+pub use body::TokenMean;

@@ -2,27 +2,16 @@
 //!
 //! | | shape | type | |
 //! |---|---|---|---|
-//! | in `y` | `[B, M, C]` | any | slots |
+//! | in `y` | `[B, M, ..]` | any | slots |
 //! | in `assign` | `[B, N]` | int64 | the slot of every token |
-//! | out `x` | `[B, N, C]` | as `y` | tokens |
+//! | out `x` | `[B, N, ..]` | as `y` | tokens |
 
-use vitrim_ir::Function;
+#[cfg(feature = "bodies")]
+mod body;
+#[cfg(feature = "cpu")]
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
-use crate::OpDef;
-use crate::body::Body;
-
-/// Slots back to tokens.
-pub struct TokenRestore;
-
-impl OpDef for TokenRestore {
-    fn name(&self) -> &'static str {
-        "TokenRestore"
-    }
-
-    fn function(&self, opset: i64) -> Function {
-        let mut body = Body::new(opset);
-        let [y, assign] = ["y", "assign"].map(|name| body.input(name));
-        let x = body.rows(y, assign, "rows");
-        body.finish(self.name(), &[], &[("x", x)], "Copies every slot to the tokens that are in it.")
-    }
-}
+#[cfg(feature = "bodies")]
+pub use body::TokenRestore;

@@ -15,7 +15,7 @@ use vitrim_ir::{Attribute, DataType, FusedAttention, Node, NodeId, OpType, Opera
 
 use super::{Metric, Rewriter};
 use crate::Refusal;
-use crate::recognise::Core;
+use crate::recognise::{Core, Window};
 
 /// Columns of a matrix or row that belong to one of queries, keys and values.
 #[derive(Clone, Copy)]
@@ -26,8 +26,8 @@ struct Columns {
 }
 
 impl Rewriter<'_> {
-    /// The metric of a fused attention whose heads share the channel axis, `[B, N, d]`.
-    pub(super) fn fused_metric(&mut self, core: &Core, metric: Metric, hint: &str) -> Option<ValueId> {
+    /// The metric of a fused attention whose heads share the channel axis.
+    pub(super) fn fused_metric(&mut self, core: &Core, metric: Metric, hint: &str) -> Option<Window> {
         let fused = core.fused.as_ref()?;
         let node = self.graph.node(core.softmax);
         let part = match metric {
@@ -59,13 +59,14 @@ impl Rewriter<'_> {
                 self.patch.op("MatMul", &format!("{hint}/projected"), &[tokens, weight], &[])
             }
         };
-        match fused.bias.and_then(|slot| node.input(slot)) {
+        let value = match fused.bias.and_then(|slot| node.input(slot)) {
             Some(bias) => {
                 let bias = self.head_mean(bias, columns, &format!("{hint}/metric_bias"))?;
-                Some(self.patch.op("Add", &format!("{hint}/metric"), &[mean, bias], &[]))
+                self.patch.op("Add", &format!("{hint}/metric"), &[mean, bias], &[])
             }
-            None => Some(mean),
-        }
+            None => mean,
+        };
+        Some(Window::of_all(value, widths[part] / heads))
     }
 
     /// Channels of all heads together of queries, keys and values.

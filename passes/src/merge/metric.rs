@@ -5,7 +5,7 @@ use vitrim_ir::{Attribute, Expr, Span, Tensor, ValueId};
 use super::precision::Coding;
 use super::{Metric, Rewriter};
 use crate::Refusal;
-use crate::recognise::Attention;
+use crate::recognise::{Attention, Window};
 
 /// What an axis of a query, key or value tensor is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,10 +19,9 @@ enum Role {
 use Role::{Batch, BatchAndHeads, Channels, Heads, Tokens};
 
 impl Rewriter<'_> {
-    /// The metric of a block as `[B, N, D]`: of several attentions side by side the sum, which points where their mean
-    /// does.
-    pub(super) fn metric(&mut self, block: usize, metric: Metric, hint: &str) -> Result<ValueId, Refusal> {
-        let mut sum = None;
+    /// The metric of a block: of several attentions side by side the sum, which points where their mean does.
+    pub(super) fn metric(&mut self, block: usize, metric: Metric, hint: &str) -> Result<Window, Refusal> {
+        let mut sum: Option<Window> = None;
         let mut seen = Vec::new();
         for (at, attention) in self.vit.blocks[block].attentions.iter().enumerate() {
             let keys = attention.core.key(self.graph);
@@ -33,7 +32,10 @@ impl Rewriter<'_> {
             let hint = if at == 0 { hint.to_owned() } else { format!("{hint}/attention{at}") };
             let own = self.metric_of(block, attention, metric, &hint)?;
             sum = Some(match sum {
-                Some(sum) => self.patch.op("Add", &format!("{hint}/sum"), &[sum, own], &[]),
+                Some(sum) => {
+                    let value = self.patch.op("Add", &format!("{hint}/sum"), &[sum.value, own.value], &[]);
+                    Window { value, ..sum }
+                }
                 None => own,
             });
         }
@@ -46,9 +48,17 @@ impl Rewriter<'_> {
         attention: &Attention,
         metric: Metric,
         hint: &str,
-    ) -> Result<ValueId, Refusal> {
+    ) -> Result<Window, Refusal> {
         let core = &attention.core;
         let graph = self.graph;
+        if let Some(plain) = self.plain.get(&core.softmax) {
+            let window = match metric {
+                Metric::Query => plain.q,
+                Metric::Value => plain.v,
+                _ => plain.k,
+            };
+            return Ok(Window { value: self.channels_last(window, self.stages.of_block(block), hint), ..window });
+        }
         let (reader, slot, name) = match metric {
             Metric::Query => (core.scores, core.slots.query, "query"),
             Metric::Value => (core.mix, core.slots.value, "value"),
@@ -68,6 +78,8 @@ impl Rewriter<'_> {
             _ => self.coding_of_operand(reader, slot).ok_or_else(unknown)?,
         };
         let layout = self.vit.axes.layout(value).ok_or_else(unknown)?;
+        let channels = roles.iter().position(|&role| role == Channels).and_then(|at| layout.0[at].plain_extent());
+        let channels = channels.and_then(|extent| extent.as_known()).ok_or_else(unknown)?;
         let value = self.as_f32(value, coding, &format!("{hint}/{name}"));
         let heads = attention.heads as i64;
 
@@ -107,7 +119,8 @@ impl Rewriter<'_> {
         let perm: Option<Vec<usize>> = wanted.iter().map(|role| left.iter().position(|other| other == role)).collect();
         let perm: Vec<usize> = perm.ok_or_else(unknown)?;
         let metric = self.transpose(mean, &perm, &format!("{hint}/{name}"));
-        Ok(self.with_all_tokens(metric, self.span_of(operand), &format!("{hint}/{name}")))
+        let all = self.with_all_tokens(metric, self.span_of(operand), &format!("{hint}/{name}"));
+        Ok(Window::of_all(all, channels))
     }
 
     /// A metric of the entries in `span` as one of the tokens: without what is none, and with zeros for those left out,

@@ -11,6 +11,7 @@
 //! 5. what leaves the model with an entry for each token is restored (`restore`).
 
 mod arrange;
+mod attention;
 mod contract;
 mod counts;
 mod cut;
@@ -27,11 +28,11 @@ mod weigh;
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
-use vitrim_ir::{DataType, Effect, Expr, Graph, Model, NodeId, OpType, Patch, Span, Tensor, ValueId};
+use vitrim_ir::{Attribute, DataType, Effect, Expr, Graph, Model, NodeId, Patch, Span, Tensor, ValueId};
 use vitrim_ops::{DOMAIN, OpDef, TokenAssign, TokenMerge, TokenMergeDynamic, TokenSize, VERSION};
 
 use crate::Refusal;
-use crate::recognise::VitModel;
+use crate::recognise::{PlainAttention, VitModel, Window};
 use crate::schedule::{Schedule, Step};
 use precision::Coding;
 use spans::Part;
@@ -171,6 +172,8 @@ impl Merge {
             suffix,
             removed,
             stages: Stages::default(),
+            plain: HashMap::new(),
+            joined: HashMap::new(),
             replaced: HashMap::new(),
             followed: Vec::new(),
             tables: HashMap::new(),
@@ -181,6 +184,7 @@ impl Merge {
         if rewriter.removed.iter().all(|&r| r == 0) && self.trace_source.is_none() {
             return Ok(Proposal { patch: rewriter.patch, steps, notes: rewriter.notes });
         }
+        rewriter.find_plain_attention();
         rewriter.merge_blocks()?;
         rewriter.recount()?;
         rewriter.keep_counts()?;
@@ -205,6 +209,10 @@ struct Rewriter<'a> {
     /// Tokens that each block removes.
     removed: Vec<usize>,
     stages: Stages,
+    /// Attention that an operator of ours takes the place of, by its softmax.
+    plain: HashMap<NodeId, PlainAttention>,
+    /// What its operators read, as `[B, N, W]`.
+    joined: HashMap<ValueId, ValueId>,
     /// Values whose readers were given another value: merged streams, and results of operators left out or followed by
     /// others that put them right.
     replaced: HashMap<ValueId, ValueId>,
@@ -227,11 +235,21 @@ impl Rewriter<'_> {
         attributes: &[(&str, i64)],
         results: usize,
     ) -> Vec<ValueId> {
+        let attributes: Vec<_> = attributes.iter().map(|&(name, value)| (name, Attribute::Int(value))).collect();
+        self.vitrim_with(op, hint, inputs, &attributes, results)
+    }
+
+    fn vitrim_with(
+        &mut self,
+        op: &dyn OpDef,
+        hint: &str,
+        inputs: &[ValueId],
+        attributes: &[(&str, Attribute)],
+        results: usize,
+    ) -> Vec<ValueId> {
         self.patch.function(op.function(self.model.opsets().standard()));
-        let attributes: Vec<(&str, vitrim_ir::Attribute)> =
-            attributes.iter().map(|&(name, value)| (name, vitrim_ir::Attribute::Int(value))).collect();
         let inputs = inputs.iter().copied().map(Some).collect();
-        self.patch.call(OpType::of(DOMAIN, op.name()), hint, inputs, &attributes, results)
+        self.patch.call(op.op_type(), hint, inputs, attributes, results)
     }
 
     /// A constant list of integers.
@@ -241,6 +259,7 @@ impl Rewriter<'_> {
 
     fn merge_blocks(&mut self) -> Result<(), Refusal> {
         for block in 0..self.vit.blocks.len() {
+            self.replace_plain_attention(block)?;
             if self.removed[block] > 0 {
                 self.merge_block(block)?;
             }
@@ -286,7 +305,10 @@ impl Rewriter<'_> {
             (y, Stage::default())
         } else {
             let metric = match self.options.metric {
-                Metric::Hidden => batch_first,
+                Metric::Hidden => {
+                    let channels = arrangement.other_extents().into_iter().product::<Option<i64>>();
+                    Window::of_all(batch_first, channels.ok_or_else(unknown)?)
+                }
                 chosen => self.metric(block, chosen, &hint)?,
             };
             let size = match self.stages.entry(stage).size {
@@ -294,23 +316,23 @@ impl Rewriter<'_> {
                 None => self.vitrim(&TokenSize, "vitrim/initial_size", &[batch_first], &[], 1)[0],
             };
             let dtype = if quantised { DataType::F32 } else { self.dtype(x) }.code().into();
-            let (protect, suffix) = (self.protect as i64, self.suffix as i64);
+            let common = [
+                ("protect", self.protect as i64),
+                ("suffix", self.suffix as i64),
+                ("heads", metric.heads),
+                ("head_dim", metric.head_dim),
+                ("metric_at", metric.at),
+                ("dtype", dtype),
+            ];
             let name = format!("{hint}/merge");
             let results = match tokens.and_then(|tokens| tokens.as_known()) {
                 Some(tokens) => {
-                    let attributes = [
-                        ("r", removed),
-                        ("tokens", tokens),
-                        ("protect", protect),
-                        ("suffix", suffix),
-                        ("dtype", dtype),
-                    ];
-                    self.vitrim(&TokenMerge, &name, &[batch_first, metric, size], &attributes, 5)
+                    let attributes = [&[("r", removed), ("tokens", tokens)], &common[..]].concat();
+                    self.vitrim(&TokenMerge, &name, &[batch_first, metric.value, size], &attributes, 5)
                 }
                 None => {
                     let r = self.ints(&format!("{hint}/r"), &[removed]);
-                    let attributes = [("protect", protect), ("suffix", suffix), ("dtype", dtype)];
-                    self.vitrim(&TokenMergeDynamic, &name, &[batch_first, metric, size, r], &attributes, 5)
+                    self.vitrim(&TokenMergeDynamic, &name, &[batch_first, metric.value, size, r], &common, 5)
                 }
             };
             let grouping = Some([results[2], results[3], results[4]]);

@@ -23,6 +23,7 @@ impl Rewriter<'_> {
                 continue;
             }
             match effect {
+                Effect::Attend if self.plain.contains_key(&id) => {}
                 Effect::Attend if self.options.proportional => self.attend(id, stage)?,
                 // A sum over tokens counts each as often as it stands for others, or it would not be one.
                 Effect::Pool { span, axis, mean } if !(mean && self.options.plain_pooling) => {

@@ -11,6 +11,7 @@ mod flow;
 mod special;
 mod stream;
 mod tower;
+mod window;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -23,6 +24,7 @@ use self::core::Group;
 pub use self::core::{Core, Slots};
 use crate::Refusal;
 use flow::{Content, Flow};
+pub use window::{Form, PlainAttention, Window};
 
 /// A Vision Transformer in a graph.
 #[derive(Clone, Debug)]
@@ -154,6 +156,11 @@ pub struct Pin {
 }
 
 impl VitModel {
+    /// An attention of a block as plain attention over windows of channels, if it is that.
+    pub fn plain_attention(&self, graph: &Graph, attention: &Attention) -> Option<PlainAttention> {
+        window::View { graph, shapes: &self.shapes, axes: &self.axes }.plain(attention)
+    }
+
     /// Number of tokens that enter the first block.
     pub fn tokens(&self) -> &Expr {
         self.axes.tokens()

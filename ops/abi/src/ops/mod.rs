@@ -1,0 +1,45 @@
+//! The operators, with the types that they take.
+//!
+//! ONNX Runtime keeps one schema for each name of the domain and takes it for every version of the domain that a model
+//! imports; kernels do not learn which. So an operator that comes to mean something else needs another name: under the
+//! old one, this library would run it as it is here.
+
+mod attention;
+mod token_assign;
+mod token_mean;
+mod token_merge;
+mod token_restore;
+mod token_size;
+
+use half::{bf16, f16};
+use ort::operator::OperatorDomain;
+use ort::value::TensorElementType::{self, *};
+
+use vitrim_ops::cpu::Element;
+
+use crate::call::OnDevice;
+use crate::operator::{Device, Entry};
+
+/// Types of tensors that operators take which look at no element.
+const ANY: [TensorElementType; 13] =
+    [Float32, Float16, Bfloat16, Float64, Int64, Int32, Int16, Int8, Uint64, Uint32, Uint16, Uint8, Bool];
+
+/// The domain with all operators.
+pub fn domain() -> ort::Result<OperatorDomain> {
+    let mut entries: Vec<Entry> = Vec::new();
+    for device in Device::ALL {
+        entries.extend(of_tokens::<f32>(device));
+        entries.extend(of_tokens::<f16>(device));
+        entries.extend(of_tokens::<bf16>(device));
+        entries.push(token_assign::entry(device));
+        entries
+            .extend(ANY.into_iter().flat_map(|ty| [token_size::entry(device, ty), token_restore::entry(device, ty)]));
+    }
+    entries.into_iter().try_fold(OperatorDomain::new("ai.vitrim")?, OperatorDomain::add)
+}
+
+/// The operators that compute with tokens, of type `T`.
+fn of_tokens<T: OnDevice + Element>(device: Device) -> impl Iterator<Item = Entry> {
+    let entries = token_merge::entries::<T>(device).into_iter().chain(attention::entries::<T>(device));
+    entries.chain([token_mean::entry::<T>(device)])
+}

@@ -1,0 +1,86 @@
+//! Plain attention in a merged model: one operator from the projections to what the heads give.
+//!
+//! A kernel of it reads queries, keys and values where the projections left them, and writes no scores. Its body is what
+//! exporters write, so that without a kernel nothing is lost.
+
+use vitrim_ir::{Attribute, Span, ValueId};
+use vitrim_ops::{Attention, OpDef, ProportionalAttention};
+
+use super::{Reduction, Rewriter};
+use crate::Refusal;
+use crate::recognise::{Form, PlainAttention, Window};
+
+impl Rewriter<'_> {
+    /// Finds the attention of blocks that is plain, with all its tokens in one stage.
+    pub(super) fn find_plain_attention(&mut self) {
+        if self.options.reduction == Reduction::Slice {
+            return;
+        }
+        for (at, block) in self.vit.blocks.iter().enumerate() {
+            let stage = Some(self.stages.of_block(at));
+            for attention in &block.attentions {
+                let Some(plain) = self.vit.plain_attention(self.graph, attention) else { continue };
+                let (count, windows) =
+                    (self.stages.count(self.stages.of_block(at)), [plain.q, plain.k, plain.v, plain.y]);
+                let fits = |window: &Window| {
+                    let counted = window.form != Form::Flat || count.as_ref().is_some_and(|n| n.as_known().is_some());
+                    counted && self.stages.of(window.value) == stage
+                };
+                let (dtype, of_operands) = (self.dtype(plain.y.value), self.dtype(plain.q.value));
+                if dtype.is_float() && dtype == of_operands && windows.iter().all(fits) {
+                    self.plain.insert(attention.core.softmax, plain);
+                }
+            }
+        }
+    }
+
+    /// Puts our operators in the place of a block's plain attention; proportional where tokens have sizes that count.
+    pub(super) fn replace_plain_attention(&mut self, block: usize) -> Result<(), Refusal> {
+        let stage = self.stages.of_block(block);
+        for attention in &self.vit.blocks[block].attentions {
+            let id = attention.core.softmax;
+            let Some(PlainAttention { q, k, v, scale, y }) = self.plain.get(&id).copied() else { continue };
+            let hint = format!("vitrim/{}", self.graph.value(y.value).name());
+            let mut inputs: Vec<_> = [q, k, v].map(|window| self.channels_last(window, stage, &hint)).into();
+            let op: &dyn OpDef = if stage > 0 && self.options.proportional {
+                let sizes = self.size_over(stage, Span::ALL);
+                inputs.push(sizes.ok_or_else(|| self.pinned(id, "it has no sizes"))?);
+                &ProportionalAttention
+            } else {
+                &Attention
+            };
+            let ints = [("heads", q.heads), ("head_dim", q.head_dim), ("q_at", q.at), ("k_at", k.at), ("v_at", v.at)];
+            let mut attributes: Vec<_> = ints.map(|(name, value)| (name, Attribute::Int(value))).into();
+            attributes.push(("scale", Attribute::Float(scale as f32)));
+            attributes.push(("dtype", Attribute::Int(self.dtype(y.value).code().into())));
+            let joined = self.vitrim_with(op, &format!("{hint}/attention"), &inputs, &attributes, 1)[0];
+            let result = match y.form {
+                Form::Joined => joined,
+                Form::Split => self.reshape(joined, &[0, 0, y.heads, y.head_dim], &format!("{hint}/heads")),
+                Form::Flat => self.reshape(joined, &[-1, y.heads * y.head_dim], &format!("{hint}/flat")),
+            };
+            self.replace(y.value, result);
+        }
+        Ok(())
+    }
+
+    /// The tensor of a window as `[B, N, W]`. Once for each: readers of one tensor stay so.
+    pub(super) fn channels_last(&mut self, window: Window, stage: usize, hint: &str) -> ValueId {
+        let value = self.replacement(window.value);
+        if window.form == Form::Joined {
+            return value;
+        }
+        if let Some(&joined) = self.joined.get(&value) {
+            return joined;
+        }
+        let count = self.stages.count(stage).and_then(|count| count.as_known());
+        let width = self.vit.shapes.dims(window.value).and_then(|dims| dims.last()?.as_known());
+        let target = match (window.form, count, width) {
+            (Form::Flat, Some(count), Some(width)) => [-1, count, width],
+            _ => [0, 0, -1],
+        };
+        let joined = self.reshape(value, &target, &format!("{hint}/channels_last"));
+        self.joined.insert(value, joined);
+        joined
+    }
+}

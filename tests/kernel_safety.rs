@@ -1,0 +1,228 @@
+//! The library of native kernels in the hands of a host: whatever a model asks of it, the answer is a result or an error.
+
+mod common;
+
+use common::ops::Calls;
+use common::{Scratch, kernels, try_run};
+use ndarray::{ArrayD, IxDyn};
+use vitrim::runtime::{Feeds, Outputs};
+use vitrim::tensor::{DType, Tensor};
+use vitrim_ir::{Attribute, Model};
+
+/// A call of one operator, its operands and attributes as they come.
+struct Call<'a> {
+    op: &'a str,
+    inputs: Vec<(&'a str, Tensor)>,
+    ints: Vec<(&'a str, i64)>,
+    results: usize,
+}
+
+impl Call<'_> {
+    fn model(&self) -> Model {
+        let mut calls = Calls::new(17);
+        let inputs: Vec<_> = self
+            .inputs
+            .iter()
+            .map(|(name, tensor)| calls.input(name, common::ops::data_type(tensor), tensor.shape().len()))
+            .collect();
+        let mut attributes: Vec<_> = self.ints.iter().map(|&(name, value)| (name, Attribute::Int(value))).collect();
+        if self.op.ends_with("Attention") {
+            attributes.push(("scale", Attribute::Float(1.0)));
+        }
+        let results = calls.op_with(self.op, "result", &inputs, &attributes, self.results);
+        for (at, result) in results.into_iter().enumerate() {
+            // Types are left to the operator.
+            calls.graph.output(&format!("y{at}"), result, None);
+        }
+        calls.model()
+    }
+
+    fn run(&self, scratch: &Scratch) -> Result<Outputs, String> {
+        let feeds: Feeds = self.inputs.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())).collect();
+        try_run(kernels().as_ref(), &scratch.save("call", &self.model()), &feeds)
+    }
+
+    /// The same with another operand.
+    fn with(mut self, name: &str, tensor: Tensor) -> Self {
+        self.inputs.iter_mut().filter(|(own, _)| *own == name).for_each(|(_, held)| *held = tensor.clone());
+        self
+    }
+
+    /// The same with another attribute.
+    fn set(mut self, name: &str, value: i64) -> Self {
+        self.ints.iter_mut().filter(|(own, _)| *own == name).for_each(|(_, held)| *held = value);
+        self
+    }
+}
+
+/// 0.0, 0.7, 1.4, … modulo 2, in a shape.
+fn floats(shape: &[usize]) -> Tensor {
+    let mut next = 0.0;
+    let array = ArrayD::from_shape_simple_fn(IxDyn(shape), || {
+        next = (next + 0.7) % 2.0;
+        next
+    });
+    Tensor::from_f64(DType::F32, &array)
+}
+
+fn filled(shape: &[usize], value: f64) -> Tensor {
+    Tensor::from_f64(DType::F32, &ArrayD::from_elem(IxDyn(shape), value))
+}
+
+fn indices(shape: &[usize], values: &[i64]) -> Tensor {
+    Tensor::from_vec(shape, values.to_vec()).expect("as many values as the shape has")
+}
+
+fn merge<'a>() -> Call<'a> {
+    Call {
+        op: "TokenMerge",
+        inputs: vec![("x", floats(&[2, 9, 4])), ("metric", floats(&[2, 9, 6])), ("size", filled(&[2, 9, 1], 1.0))],
+        ints: vec![
+            ("r", 2),
+            ("tokens", 9),
+            ("protect", 1),
+            ("suffix", 0),
+            ("heads", 2),
+            ("head_dim", 3),
+            ("metric_at", 0),
+            ("dtype", 1),
+        ],
+        results: 5,
+    }
+}
+
+fn attention<'a>() -> Call<'a> {
+    let [q, k, v] = ["q", "k", "v"].map(|name| (name, floats(&[2, 5, 8])));
+    Call {
+        op: "ProportionalAttention",
+        inputs: vec![q, k, v, ("size", filled(&[2, 5, 1], 1.0))],
+        ints: vec![("heads", 2), ("head_dim", 4), ("q_at", 0), ("k_at", 0), ("v_at", 0), ("dtype", 1)],
+        results: 1,
+    }
+}
+
+fn assign<'a>() -> Call<'a> {
+    let anchor = ("anchor", indices(&[1, 3], &[0, 1, 3]));
+    let inputs = vec![anchor, ("leaving", indices(&[1, 1], &[2])), ("into", indices(&[1, 1], &[2]))];
+    Call { op: "TokenAssign", inputs, ints: vec![], results: 1 }
+}
+
+fn restore<'a>() -> Call<'a> {
+    let inputs = vec![("y", floats(&[1, 3, 2])), ("assign", indices(&[1, 4], &[0, 1, 2, 2]))];
+    Call { op: "TokenRestore", inputs, ints: vec![], results: 1 }
+}
+
+fn mean<'a>() -> Call<'a> {
+    let assign = indices(&[1, 4], &[0, 1, 2, 2]);
+    let inputs = vec![("table", floats(&[4, 2])), ("assign", assign), ("size", filled(&[1, 3, 1], 1.0))];
+    Call { op: "TokenMean", inputs, ints: vec![("dtype", 1)], results: 1 }
+}
+
+#[test]
+fn well_formed_calls_run() {
+    let scratch = Scratch::new("calls");
+    for call in [merge(), attention(), assign(), restore(), mean()] {
+        call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
+    }
+}
+
+#[test]
+fn malformed_calls_are_errors() {
+    let scratch = Scratch::new("malformed");
+    let half = |shape: &[usize]| Tensor::from_f64(DType::F16, &ArrayD::zeros(IxDyn(shape)));
+    let cases: Vec<(&str, Call)> = vec![
+        ("x of rank 2", merge().with("x", floats(&[9, 4]))),
+        ("x of rank 4", merge().with("x", floats(&[2, 9, 2, 2]))),
+        ("a metric of other tokens", merge().with("metric", floats(&[2, 8, 6]))),
+        ("a metric of another batch", merge().with("metric", floats(&[1, 9, 6]))),
+        ("sizes of other tokens", merge().with("size", filled(&[2, 8, 1], 1.0))),
+        ("sizes of rank 2", merge().with("size", filled(&[2, 9], 1.0))),
+        ("sizes in float16", merge().with("size", half(&[2, 9, 1]))),
+        ("integers for tokens", merge().with("x", indices(&[2, 9, 1], &[0; 18]))),
+        ("r below zero", merge().set("r", -1)),
+        ("r beyond the cap", merge().set("r", 5)),
+        ("r beyond all bounds", merge().set("r", i64::MAX)),
+        ("other tokens than there are", merge().set("tokens", 11)),
+        ("more protected than there are", merge().set("protect", 12)),
+        ("protected below zero", merge().set("protect", -3)),
+        ("a suffix beyond all bounds", merge().set("suffix", i64::MAX)),
+        ("no heads", merge().set("heads", 0)),
+        ("heads beyond the metric", merge().set("heads", 3)),
+        ("heads beyond all bounds", merge().set("heads", i64::MAX)),
+        ("heads of a width that no memory has", merge().set("head_dim", i64::MAX / 1000)),
+        ("heads of a width that nothing counts", merge().set("head_dim", i64::MAX)),
+        ("outputs left out", Call { results: 1, ..merge() }),
+        ("more outputs than there are", Call { results: 6, ..merge() }),
+        ("heads behind the metric", merge().set("metric_at", 1)),
+        ("heads before the metric", merge().set("metric_at", -1)),
+        ("queries of rank 2", attention().with("q", floats(&[5, 8]))),
+        ("keys of another batch", attention().with("k", floats(&[1, 5, 8]))),
+        ("keys that are more than values", attention().with("k", floats(&[2, 6, 8]))),
+        ("keys of float16", attention().with("k", half(&[2, 5, 8]))),
+        ("sizes of other keys", attention().with("size", filled(&[2, 4, 1], 1.0))),
+        ("heads beyond the channels", attention().set("head_dim", 5)),
+        ("channels that no memory has", attention().set("head_dim", i64::MAX / 1000)),
+        ("no channels", attention().set("head_dim", 0)),
+        ("values behind the channels", attention().set("v_at", 1)),
+        ("an anchor beyond the tokens", assign().with("anchor", indices(&[1, 3], &[0, 1, 9]))),
+        ("an anchor before the tokens", assign().with("anchor", indices(&[1, 3], &[0, -1, 3]))),
+        ("a leaving token beyond the tokens", assign().with("leaving", indices(&[1, 1], &[i64::MAX]))),
+        ("another batch of leaving tokens", assign().with("leaving", indices(&[2, 1], &[2, 2]))),
+        ("fewer slots joined than tokens left", assign().with("into", indices(&[1, 0], &[]))),
+        ("a slot beyond the slots", restore().with("assign", indices(&[1, 4], &[0, 1, 2, 3]))),
+        ("a slot before the slots", restore().with("assign", indices(&[1, 4], &[0, 1, 2, i64::MIN]))),
+        ("another batch of slots", restore().with("assign", indices(&[2, 2], &[0; 4]))),
+        ("tables of other tokens", mean().with("table", floats(&[5, 2]))),
+        ("a table of rank 4", mean().with("table", floats(&[1, 1, 4, 2]))),
+        ("a token's slot beyond the slots", mean().with("assign", indices(&[1, 4], &[0, 1, 2, 7]))),
+    ];
+    let passed: Vec<&str> =
+        cases.iter().filter(|(_, call)| call.run(&scratch).is_ok()).map(|&(what, _)| what).collect();
+    assert!(passed.is_empty(), "these are no errors: {passed:?}");
+}
+
+#[test]
+fn extremes_have_the_defined_result() {
+    let scratch = Scratch::new("extremes");
+    let shapes = |call: Call| -> Vec<Vec<usize>> {
+        let outputs = call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
+        outputs.iter().map(|(_, tensor)| tensor.shape().to_vec()).collect()
+    };
+    let sized = |batch, tokens| {
+        merge()
+            .with("x", floats(&[batch, tokens, 4]))
+            .with("metric", floats(&[batch, tokens, 6]))
+            .with("size", filled(&[batch, tokens, 1], 1.0))
+            .set("tokens", tokens as i64)
+    };
+    // One token, and none to merge.
+    let one = sized(2, 1).set("r", 0).set("protect", 0);
+    assert_eq!(shapes(one), [vec![2, 1, 4], vec![2, 1, 1], vec![2, 1], vec![2, 0], vec![2, 0]]);
+    // No images.
+    assert_eq!(shapes(sized(0, 9)), [vec![0, 7, 4], vec![0, 7, 1], vec![0, 7], vec![0, 2], vec![0, 2]]);
+    // Channels of none.
+    assert_eq!(shapes(merge().with("x", floats(&[2, 9, 0])))[0], [2, 7, 0]);
+    let none = ["q", "k", "v"].into_iter().fold(attention(), |call, name| call.with(name, floats(&[0, 5, 8])));
+    assert_eq!(shapes(none.with("size", filled(&[0, 5, 1], 1.0))), [[0, 5, 8]]);
+    assert_eq!(shapes(attention().with("q", floats(&[2, 0, 8]))), [[2, 0, 8]]);
+}
+
+/// What is not finite spreads as arithmetic has it, and no token is lost over it.
+#[test]
+fn what_is_not_finite_loses_no_token() {
+    let scratch = Scratch::new("not_finite");
+    for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e38] {
+        let outputs = merge().with("metric", filled(&[2, 9, 6], value)).run(&scratch).expect("it runs");
+        let get = |name: &str| common::integers(outputs.get(name).expect("an output"));
+        for image in 0..2 {
+            let mut tokens: Vec<i64> = (0..7).map(|slot| get("y2")[[image, slot]]).collect();
+            tokens.extend((0..2).map(|at| get("y3")[[image, at]]));
+            tokens.sort_unstable();
+            assert_eq!(tokens, (0..9).collect::<Vec<i64>>(), "{value}");
+        }
+        assert!(outputs.get("y0").expect("tokens").to_f64().iter().all(|x| x.is_finite()), "{value}");
+        attention().with("q", filled(&[2, 5, 8], value)).run(&scratch).expect("it runs");
+        attention().with("v", filled(&[2, 5, 8], value)).run(&scratch).expect("it runs");
+        attention().with("size", filled(&[2, 5, 1], value)).run(&scratch).expect("it runs");
+    }
+}
