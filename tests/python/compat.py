@@ -9,7 +9,8 @@ target/debug/vitrim) in several ways. A rewritten file may add
 * no failure of `onnx.checker.check_model(full_check=True)`,
 * in no runtime that loads the original: a failure to load, a failure to run, or a warning,
 
-that the original lacks. The inputs are those of NAME.npz (`in{run}_{j}`: the j-th graph input). A model that vitrim
+that the original lacks. With the library of native kernels (VITRIM_OPS, else beside the program) all of this must hold
+as well, and outputs must be those without it: to 1e-4 in float32, to 5e-3 where a model computes in float16 or integers. The inputs are those of NAME.npz (`in{run}_{j}`: the j-th graph input). A model that vitrim
 refuses (exit 2, nothing written) is counted, not judged."""
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ import onnx
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("ort_warnings.py")
 VITRIM = Path(os.environ.get("VITRIM_BIN", ROOT / "target" / "debug" / "vitrim"))
+
+OPS = Path(os.environ.get("VITRIM_OPS", VITRIM.with_name("libvitrim_ops.so")))
 
 VARIANTS = {
     "r=4": ["-r", "4"],
@@ -107,7 +110,13 @@ def check(pairs: list[Pair]) -> Tally:
     return Tally(f"onnx.checker {onnx.__version__}", len(pairs) - skipped, skipped, violations)
 
 
-def job(model: Path, original: Path) -> dict:
+def tolerance(original: Path) -> float:
+    coarse = {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    graph = onnx.load(original, load_external_data=False).graph
+    return 5e-3 if any(tensor.data_type in coarse for tensor in graph.initializer) else 1e-4
+
+
+def job(model: Path, original: Path, ops: str = "") -> dict:
     """What the worker needs to know; a rewritten model has the inputs of its original."""
     graph = onnx.load(original, load_external_data=False).graph
     constants = {initializer.name for initializer in graph.initializer}
@@ -116,7 +125,7 @@ def job(model: Path, original: Path) -> dict:
     with np.load(data) as arrays:
         runs = sorted({key.split("_")[0][2:] for key in arrays.files if key.startswith("in")})
     feeds = [{name: f"in{run}_{j}" for j, name in enumerate(names)} for run in runs]
-    return {"model": str(model), "data": str(data), "feeds": feeds}
+    return {"model": str(model), "data": str(data), "feeds": feeds, "ops": ops}
 
 
 def examine(python: str, jobs: list[dict]) -> tuple[str, dict[str, dict]]:
@@ -135,12 +144,13 @@ def examine(python: str, jobs: list[dict]) -> tuple[str, dict[str, dict]]:
             return runtime, results
         killer = todo[len(said)]["model"]
         results[killer] = {"model": killer, "loaded": False, "ran": False, "warnings": [],
-                           "error": f"the process ended with {done.returncode}"}
+                           "error": f"the process ended with {done.returncode}", "apart": 0.0}
 
 
 def judge(python: str, pairs: list[Pair]) -> Tally:
     originals = sorted({pair.original for pair in pairs})
-    jobs = [job(model, model) for model in originals] + [job(pair.rewritten, pair.original) for pair in pairs]
+    jobs = [job(model, model) for model in originals]
+    jobs += [job(pair.rewritten, pair.original, str(OPS)) for pair in pairs]
     runtime, results = examine(python, jobs)
     skipped, violations = 0, []
     for pair in pairs:
@@ -152,6 +162,8 @@ def judge(python: str, pairs: list[Pair]) -> Tally:
             violations.append(f"{pair}: does not load: {after['error']}")
         elif before["ran"] and not after["ran"]:
             violations.append(f"{pair}: does not run: {after['error']}")
+        elif after["apart"] > tolerance(pair.original):
+            violations.append(f"{pair}: kernels change outputs by {after['apart']:.1e}")
         known = {SHAPE.sub("{}", warning) for warning in before["warnings"]}
         added = Counter(warning for warning in after["warnings"] if SHAPE.sub("{}", warning) not in known)
         violations += [f"{pair}: warning ({times}x): {warning}" for warning, times in added.items()]
@@ -166,6 +178,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not VITRIM.exists():
         sys.exit(f"{VITRIM} does not exist: build it with `cargo build`, or set VITRIM_BIN")
+    if not OPS.exists():
+        sys.exit(f"{OPS} does not exist: build it with `cargo build`, or set VITRIM_OPS")
     models = sorted(model.resolve() for model in arguments.models.glob("*.onnx") if arguments.only in model.stem)
 
     with tempfile.TemporaryDirectory() as folder:

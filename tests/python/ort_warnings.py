@@ -1,8 +1,10 @@
 """Worker of compat.py: loads and runs models in the onnxruntime of the interpreter that runs it.
 
-Standard input holds one JSON object a line, {"model": path, "feeds": [{input: npz key}], "data": npz path}; standard
-output gets one a line, {"model", "loaded", "ran", "error", "warnings"}, in the same order. Warnings are what the runtime
-writes at severity 2 (warning) while it loads and runs the model, without time stamps. The first line names the runtime."""
+Standard input holds one JSON object a line, {"model": path, "feeds": [{input: npz key}], "data": npz path, "ops": path of
+the library of native kernels, or ""}; standard output gets one a line, {"model", "loaded", "ran", "error", "warnings",
+"apart"}, in the same order. Warnings are what the runtime writes at severity 2 (warning) while it loads and runs the
+model, without and with the library, without time stamps. "apart" is how far outputs with the library are from those
+without it, relative to the largest. The first line names the runtime."""
 import json
 import os
 import re
@@ -37,20 +39,39 @@ def captured_stderr(lines: List[str]) -> Iterator[None]:
 
 
 def examine(job: dict) -> dict:
-    result = {"model": job["model"], "loaded": False, "ran": False, "error": "", "warnings": []}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 2
-    options.intra_op_num_threads = 1
+    result = {"model": job["model"], "loaded": False, "ran": False, "error": "", "warnings": [], "apart": 0.0}
     with captured_stderr(result["warnings"]), np.load(job["data"]) as data:
         try:
-            session = onnxruntime.InferenceSession(job["model"], options, providers=["CPUExecutionProvider"])
+            sessions = [load(job["model"], ops) for ops in (["", job["ops"]] if job["ops"] else [""])]
             result["loaded"] = True
-            for feeds in job["feeds"]:
-                session.run(None, {name: data[key] for name, key in feeds.items()})
+            for keys in job["feeds"]:
+                feeds = {name: data[key] for name, key in keys.items()}
+                plain, *others = [session.run(None, feeds) for session in sessions]
+                result["apart"] = max([result["apart"], *(relative(plain, other) for other in others)])
             result["ran"] = True
         except Exception as error:
             result["error"] = " ".join(str(error).split())
     return result
+
+
+def load(model: str, ops: str) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 2
+    options.intra_op_num_threads = 1
+    if ops:
+        options.register_custom_ops_library(ops)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def relative(expected: List[np.ndarray], given: List[np.ndarray]) -> float:
+    """The largest difference of any output, relative to its largest entry; infinite where shapes or NaN differ."""
+    def one(a: np.ndarray, b: np.ndarray) -> float:
+        if a.shape != b.shape:
+            return float("inf")
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        apart = np.abs(a - b).max(initial=0.0) / max(np.abs(a).max(initial=0.0), np.finfo(np.float64).tiny)
+        return float("inf") if np.isnan(apart) else float(apart)
+    return max(map(one, expected, given), default=0.0)
 
 
 def main() -> None:
