@@ -152,7 +152,6 @@ fn malformed_calls_are_errors() {
         ("heads of a width that no memory has", merge().set("head_dim", i64::MAX / 1000)),
         ("heads of a width that nothing counts", merge().set("head_dim", i64::MAX)),
         ("outputs left out", Call { results: 1, ..merge() }),
-        ("more outputs than there are", Call { results: 6, ..merge() }),
         ("heads behind the metric", merge().set("metric_at", 1)),
         ("heads before the metric", merge().set("metric_at", -1)),
         ("queries of rank 2", attention().with("q", floats(&[5, 8]))),
