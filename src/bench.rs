@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::feeds;
 use crate::feeds::noise::{Noise, NoiseArgs};
-use crate::runtime::{self, OpsLibrary, RuntimeArgs, Session};
+use crate::runtime::{self, Backends, OpsLibrary, RuntimeArgs, Session};
 use crate::verify::print;
 use crate::verify::table::table;
 
@@ -131,7 +131,7 @@ pub fn run_with(args: &BenchArgs, extra: Vec<(String, PathBuf)>) -> Result<ExitC
 pub fn measure(args: &BenchArgs, extra: Vec<(String, PathBuf)>) -> Result<Report> {
     ensure!(args.rounds > 0, "--rounds must be at least 1");
     ensure!(args.min_time.is_finite() && args.min_time >= 0.0, "--min-time must be a number of seconds");
-    let (plain, backend) = (args.runtime.plain().backend()?, args.runtime.backend()?);
+    let Backends { plain, native } = args.runtime.backends()?;
     let paths: Vec<&Path> = std::iter::once(&args.reference).chain(&args.candidates).map(PathBuf::as_path).collect();
     let mut models: Vec<(String, PathBuf)> =
         labels(&paths).into_iter().zip(paths.iter().map(|path| path.to_path_buf())).collect();
@@ -139,10 +139,10 @@ pub fn measure(args: &BenchArgs, extra: Vec<(String, PathBuf)>) -> Result<Report
     let load = |(_, path): &(String, PathBuf)| runtime::load(plain.as_ref(), path);
     let mut sessions = models.iter().map(load).collect::<Result<Vec<_>>>()?;
     // With a library, candidates run once more, on its kernels.
-    if args.runtime.ops != OpsLibrary::None {
+    if let Some(native) = native {
         for at in 1..paths.len() {
             let (label, path) = models[at].clone();
-            sessions.push(runtime::load(backend.as_ref(), &path)?);
+            sessions.push(runtime::load(native.as_ref(), &path)?);
             models.push((format!("{label} with kernels"), path));
         }
     }

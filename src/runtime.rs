@@ -202,7 +202,22 @@ impl Default for RuntimeArgs {
     }
 }
 
+/// One runtime, twice.
+pub struct Backends {
+    /// Without a custom-op library: what a reference runs on.
+    pub plain: Box<dyn Backend>,
+    /// With the custom-op library, if there is one.
+    pub native: Option<Box<dyn Backend>>,
+}
+
 impl RuntimeArgs {
+    /// The chosen runtime, without a custom-op library and with the chosen one.
+    pub fn backends(&self) -> Result<Backends> {
+        let plain = RuntimeArgs { ops: OpsLibrary::None, ..self.clone() }.backend()?;
+        let native = (self.ops != OpsLibrary::None).then(|| self.backend()).transpose()?;
+        Ok(Backends { plain, native })
+    }
+
     /// The chosen runtime, ready to load models.
     pub fn backend(&self) -> Result<Box<dyn Backend>> {
         ensure!(self.threads != Some(0), "--threads must be at least 1");
@@ -214,13 +229,6 @@ impl RuntimeArgs {
             }
             RuntimeKind::Ort | RuntimeKind::Cuda => Ok(Box::new(ort::Ort::new(self)?)),
         }
-    }
-}
-
-impl RuntimeArgs {
-    /// The same runtime without a custom-op library: what a reference runs on.
-    pub fn plain(&self) -> Self {
-        RuntimeArgs { ops: OpsLibrary::None, ..self.clone() }
     }
 }
 

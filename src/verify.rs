@@ -14,7 +14,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::feeds::{self, Batch, FeedArgs};
-use crate::runtime::{self, Dim, Outputs, Port, RuntimeArgs, Session};
+use crate::runtime::{self, Backends, Dim, Outputs, Port, RuntimeArgs, Session};
 use crate::tensor::compare::{Comparison, Ratio, ShapeMismatch, is_scores, top1};
 
 pub use report::Report;
@@ -139,7 +139,7 @@ pub(crate) fn print(text: String) -> Result<()> {
 /// Runs both sides on all feeds; also says what was fed.
 pub fn find(args: &VerifyArgs) -> Result<(Findings, String)> {
     // Kernels are judged by what models mean without them.
-    let (plain, backend) = (args.runtime.plain().backend()?, args.runtime.backend()?);
+    let Backends { plain, native } = args.runtime.backends()?;
     let mut feed_args = args.feeds.clone();
     let mut reference = if args.reference.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("npz")) {
         ensure!(feed_args.input.is_none(), "a recorded reference is fed its own inputs; leave --input out");
@@ -148,7 +148,7 @@ pub fn find(args: &VerifyArgs) -> Result<(Findings, String)> {
     } else {
         Some(runtime::load(plain.as_ref(), &args.reference)?)
     };
-    let mut candidate = runtime::load(backend.as_ref(), &args.candidate)?;
+    let mut candidate = runtime::load(native.as_ref().unwrap_or(&plain).as_ref(), &args.candidate)?;
 
     let model = reference.as_deref().unwrap_or(candidate.as_ref());
     let (inputs, outputs) = (tighten(model.inputs(), candidate.inputs()), model.outputs().to_vec());

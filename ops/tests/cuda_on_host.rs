@@ -762,7 +762,7 @@ fn assign() {
                 into: into.at(),
                 assign: assign.at(),
             };
-            let problem = token_assign::cuda::Problem { batch, slots, r };
+            let problem = token_assign::Problem { batch, slots, r };
             kernels.run(token_assign::cuda::launches(&problem, &tensors).expect("the problem is fine"), order);
             assign.to_ints()
         });
@@ -792,7 +792,7 @@ fn restore() {
         let x = in_all_orders(3, |order| {
             let x = Buffer::output(batch * (slots + r) * row_bytes);
             let tensors = token_restore::cuda::Tensors { y: y.at(), assign: assign.at(), x: x.at() };
-            let problem = token_restore::cuda::Problem { batch, tokens: slots + r, slots, row_bytes };
+            let problem = token_restore::Problem { batch, tokens: slots + r, slots, row_bytes };
             kernels.run(token_restore::cuda::launches(&problem, &tensors).expect("the problem is fine"), order);
             x.bytes().to_vec()
         });

@@ -5,8 +5,7 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 use vitrim_ir::{
-    DataType, InlineError, LIFTED, LiftError, Model, OpType, Patch, PatchError, canonicalise, inline_functions,
-    lift_opset,
+    DataType, InlineError, LIFTED, LiftError, Model, Patch, PatchError, canonicalise, inline_functions, lift_opset,
 };
 use vitrim_ops::{Attention, DOMAIN, OpDef, ProportionalAttention};
 
@@ -84,10 +83,8 @@ pub fn prepare(model: &Model) -> Result<(Model, Vec<String>), Refusal> {
     let refused = |error: InlineError| Refusal::Request(error.to_string());
     let mut notes = Vec::new();
     // Attention of ours becomes what it was: it is found by its softmax, whoever wrote it.
-    let ours = |op: &OpType| {
-        op.domain == DOMAIN && ![Attention.name(), ProportionalAttention.name()].contains(&op.name.as_str())
-    };
-    if inline_functions(&mut model, |op| !ours(op)).map_err(refused)? {
+    let attention = [Attention.op_type(), ProportionalAttention.op_type()];
+    if inline_functions(&mut model, |op| op.domain != DOMAIN || attention.contains(op)).map_err(refused)? {
         notes.push("the model's local functions were inlined".into());
     }
     let opset = model.opsets().standard();

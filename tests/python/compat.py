@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,9 @@ def check(pairs: list[Pair]) -> Tally:
     return Tally(f"onnx.checker {onnx.__version__}", len(pairs) - skipped, skipped, violations)
 
 
+@cache
 def tolerance(original: Path) -> float:
+    """How far kernels may be from bodies."""
     coarse = {onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
     graph = onnx.load(original, load_external_data=False).graph
     return 5e-3 if any(tensor.data_type in coarse for tensor in graph.initializer) else 1e-4

@@ -1,6 +1,7 @@
 //! One call of a kernel: its tensors, memory and threads.
 
 use std::ffi::c_void;
+use std::fmt;
 use std::marker::PhantomData;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::slice;
@@ -9,9 +10,18 @@ use std::sync::Mutex;
 use half::{bf16, f16};
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::operator::ComputeContext;
-use ort::value::{DynTensorValueType, TensorElementType, ValueRef, ValueRefMut};
+use ort::value::{DynTensor, DynTensorValueType, TensorElementType, ValueRef, ValueRefMut};
 use vitrim_ops::cpu::Pool;
 use vitrim_ops::cuda::{CUdeviceptr, CUstream, Dtype};
+
+/// Why a call fails, for people to read.
+pub struct Failure(pub String);
+
+impl<E: fmt::Display> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Failure(error.to_string())
+    }
+}
 
 /// A type of tensor elements, as ONNX Runtime names it.
 pub trait Typed: Copy + Send + Sync + 'static {
@@ -71,9 +81,12 @@ impl<'a, T, const RANK: usize> Operand<'a, T, RANK> {
 
 impl<T, const RANK: usize> Operand<'_, T, RANK> {
     /// Refuses an operand of other extents; those that are none may be any.
-    pub fn expect(self, what: &str, extents: [Option<usize>; RANK]) -> Result<Self, String> {
+    pub fn expect(self, what: &str, extents: [Option<usize>; RANK]) -> Result<Self, Failure> {
         let fits = self.shape.iter().zip(extents).all(|(&own, wanted)| wanted.is_none_or(|wanted| wanted == own));
-        if fits { Ok(self) } else { Err(format!("{what} has shape {:?}, which does not fit the others", self.shape)) }
+        match fits {
+            true => Ok(self),
+            false => Err(format!("{what} has shape {:?}, which does not fit the others", self.shape).into()),
+        }
     }
 }
 
@@ -91,69 +104,69 @@ impl<'a> Call<'a> {
     }
 
     /// The extents of operand `at`.
-    pub fn extents(&self, at: usize) -> Result<Vec<usize>, String> {
-        Ok(self.operand(at)?.shape().iter().map(|&extent| extent as usize).collect())
+    pub fn extents(&self, at: usize) -> Result<Vec<usize>, Failure> {
+        Ok(extents(&*self.operand(at)?))
     }
 
     /// Operand `at`, which must have this type and rank.
-    pub fn input<T: Typed, const RANK: usize>(&self, at: usize) -> Result<Operand<'a, T, RANK>, String> {
+    pub fn input<T: Typed, const RANK: usize>(&self, at: usize) -> Result<Operand<'a, T, RANK>, Failure> {
         let operand = self.operand(at)?;
-        let shape = self.extents(at)?.try_into();
+        let shape = extents(&operand).try_into();
         let shape = shape.map_err(|shape| format!("operand {at} has shape {shape:?}, and {RANK} axes are wanted"))?;
         if *operand.data_type() != T::TYPE {
-            return Err(format!("operand {at} has elements of type {}, not {}", operand.data_type(), T::TYPE));
+            return Err(format!("operand {at} has elements of type {}, not {}", operand.data_type(), T::TYPE).into());
         }
         Ok(Operand { shape, data: operand.data_ptr(), call: PhantomData })
     }
 
     /// Operand `at` as bytes, whatever its type.
-    pub fn input_bytes(&self, at: usize) -> Result<Operand<'a, u8, 1>, String> {
+    pub fn input_bytes(&self, at: usize) -> Result<Operand<'a, u8, 1>, Failure> {
         let operand = self.operand(at)?;
         let element = operand.data_type().byte_size(1).ok_or("strings are no numbers")?;
-        let count = self.extents(at)?.iter().product::<usize>() * element;
+        let count = extents(&operand).iter().product::<usize>() * element;
         Ok(Operand { shape: [count], data: operand.data_ptr(), call: PhantomData })
     }
 
     /// Allocates output `at`, once.
-    pub fn output<T: Typed>(&self, at: usize, shape: &[usize]) -> Result<Output<'a, T>, String> {
+    pub fn output<T: Typed>(&self, at: usize, shape: &[usize]) -> Result<Output<'a, T>, Failure> {
         let output = self.result(at, shape)?;
         if *output.data_type() != T::TYPE {
-            return Err(format!("output {at} has elements of type {}, not {}", output.data_type(), T::TYPE));
+            return Err(format!("output {at} has elements of type {}, not {}", output.data_type(), T::TYPE).into());
         }
         Ok(Output { data: output.data_ptr().cast_mut(), count: shape.iter().product(), call: PhantomData })
     }
 
     /// Allocates output `at`, whatever its type, once: its bytes, and how many an element has.
-    pub fn output_bytes(&self, at: usize, shape: &[usize]) -> Result<(Output<'a, u8>, usize), String> {
+    pub fn output_bytes(&self, at: usize, shape: &[usize]) -> Result<(Output<'a, u8>, usize), Failure> {
         let output = self.result(at, shape)?;
         let element = output.data_type().byte_size(1).ok_or("strings are no numbers")?;
         let count = shape.iter().product::<usize>() * element;
         Ok((Output { data: output.data_ptr().cast_mut(), count, call: PhantomData }, element))
     }
 
-    fn operand(&self, at: usize) -> Result<ValueRef<'a, DynTensorValueType>, String> {
-        let value = self.context.input(at).map_err(text)?.ok_or_else(|| format!("operand {at} is missing"))?;
-        value.downcast().map_err(text)
+    fn operand(&self, at: usize) -> Result<ValueRef<'a, DynTensorValueType>, Failure> {
+        let value = self.context.input(at)?.ok_or_else(|| format!("operand {at} is missing"))?;
+        Ok(value.downcast()?)
     }
 
-    fn result(&self, at: usize, shape: &[usize]) -> Result<ValueRefMut<'a, DynTensorValueType>, String> {
+    fn result(&self, at: usize, shape: &[usize]) -> Result<ValueRefMut<'a, DynTensorValueType>, Failure> {
         let dims: Vec<i64> = shape.iter().map(|&extent| extent as i64).collect();
-        let value = self.context.output(at, dims).map_err(text)?.ok_or_else(|| format!("output {at} is missing"))?;
-        value.downcast().map_err(text)
+        let value = self.context.output(at, dims)?.ok_or_else(|| format!("output {at} is missing"))?;
+        Ok(value.downcast()?)
     }
 
     /// Lends `count` floats from ONNX Runtime's allocator. What they are is not said.
-    pub fn with_scratch<R>(&self, count: usize, work: impl FnOnce(&mut [f32]) -> R) -> Result<R, String> {
+    pub fn with_scratch<R>(&self, count: usize, work: impl FnOnce(&mut [f32]) -> R) -> Result<R, Failure> {
         if count == 0 {
             return Ok(work(&mut []));
         }
         // Beyond that no memory is, and ONNX Runtime's arena (1.17 to 1.20) takes what it cannot count for a small number.
         if count > isize::MAX as usize / size_of::<f32>() {
-            return Err(format!("{count} numbers of scratch memory are too many"));
+            return Err(format!("{count} numbers of scratch memory are too many").into());
         }
         let memory = MemoryInfo::new(AllocationDevice::CPU, 0, AllocatorType::Arena, MemoryType::Default);
-        let allocator = self.context.allocator(&memory.map_err(text)?).map_err(text)?;
-        let mut block = allocator.alloc::<f32>(count).map_err(text)?;
+        let allocator = self.context.allocator(&memory?)?;
+        let mut block = allocator.alloc::<f32>(count)?;
         // SAFETY: the block has room for so many floats, is aligned for them, and is ours until it is dropped. What
         // ONNX Runtime left there is bytes, and all bytes are floats.
         let floats = unsafe { elements_mut(block.as_mut_ptr(), count) };
@@ -161,9 +174,9 @@ impl<'a> Call<'a> {
     }
 
     /// The stream that this call's kernels belong to, on a GPU.
-    pub fn stream(&self) -> Result<CUstream, String> {
+    pub fn stream(&self) -> Result<CUstream, Failure> {
         // None is the default stream.
-        Ok(self.context.stream().map_err(text)?.map_or(std::ptr::null_mut(), |stream| stream.as_ptr().cast()))
+        Ok(self.context.stream()?.map_or(std::ptr::null_mut(), |stream| stream.as_ptr().cast()))
     }
 }
 
@@ -212,7 +225,7 @@ impl Drop for Block {
 
 impl DeviceScratch {
     /// At least so many bytes for this call, from the allocator of the device of operand 0.
-    pub fn of(&self, call: &Call, bytes: usize) -> Result<CUdeviceptr, String> {
+    pub fn of(&self, call: &Call, bytes: usize) -> Result<CUdeviceptr, Failure> {
         if bytes == 0 {
             return Ok(0);
         }
@@ -224,8 +237,8 @@ impl DeviceScratch {
         // What is too small stays: kernels that use it may not have run yet. Sizes double, so that there are few.
         let bytes = bytes.next_power_of_two();
         let first = call.operand(0)?;
-        let allocator = call.context.allocator(first.memory_info()).map_err(text)?;
-        let data = allocator.alloc::<u8>(bytes).map_err(text)?.into_raw();
+        let allocator = call.context.allocator(first.memory_info())?;
+        let data = allocator.alloc::<u8>(bytes)?.into_raw();
         blocks.push(Block { stream, bytes, allocator, data });
         Ok(data as CUdeviceptr)
     }
@@ -250,6 +263,10 @@ impl Pool for Call<'_> {
     }
 }
 
+fn extents(tensor: &DynTensor) -> Vec<usize> {
+    tensor.shape().iter().map(|&extent| extent as usize).collect()
+}
+
 /// # Safety
 ///
 /// There are `count` elements of this type, on the CPU, which nobody writes to during the call.
@@ -264,8 +281,4 @@ unsafe fn elements<'a, T>(data: *const c_void, count: usize) -> &'a [T] {
 unsafe fn elements_mut<'a, T>(data: *mut c_void, count: usize) -> &'a mut [T] {
     // SAFETY: as the caller says; where there are none, the pointer may be null.
     if count == 0 { &mut [] } else { unsafe { slice::from_raw_parts_mut(data.cast(), count) } }
-}
-
-fn text(error: ort::Error) -> String {
-    error.to_string()
 }

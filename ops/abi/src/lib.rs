@@ -120,6 +120,8 @@ unsafe fn announce(api: &OrtApi, domain: *mut OrtCustomOpDomain) {
         let name = c"vitrim_ops".as_ptr();
         let _ = failed((api.CreateEnv)(OrtLoggingLevel::ORT_LOGGING_LEVEL_WARNING, name, &mut env))
             || failed((api.CreateSessionOptions)(&mut options))
+            // No threads for a session that runs nothing.
+            || failed((api.SetIntraOpNumThreads)(options, 1))
             || failed((api.AddCustomOpDomain)(options, domain))
             || failed((api.CreateSessionFromArray)(env, MODEL.as_ptr().cast(), MODEL.len(), options, &mut session));
         if !session.is_null() {

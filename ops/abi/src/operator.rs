@@ -10,11 +10,11 @@ use ort::value::{Shape, SymbolicDimensions, TensorElementType, ValueType};
 
 use vitrim_ops::cuda::{self, Operator};
 
-use crate::call::Call;
+use crate::call::{Call, Failure};
 use crate::panic_message;
 
 /// What an operator computes: the tensors of a call to results in it.
-pub type Compute = Box<dyn Fn(&Call) -> Result<(), String> + Send + Sync>;
+pub type Compute = Box<dyn Fn(&Call) -> Result<(), Failure> + Send + Sync>;
 
 /// An extent, as far as it is known before anything runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -99,7 +99,7 @@ impl Device {
 pub type Shapes = fn(&ShapeInferenceContext, &[Vec<Dim>]) -> Option<Vec<Vec<Dim>>>;
 
 /// Reads the attributes of a node, for a device.
-pub type Create = fn(&KernelContext, Device) -> Result<Compute, String>;
+pub type Create = fn(&KernelContext, Device) -> Result<Compute, Failure>;
 
 /// One operator for one combination of types.
 pub struct Entry {
@@ -198,13 +198,13 @@ impl Kernel for Guarded {
     }
 }
 
-fn guard<T>(name: &str, work: impl FnOnce() -> Result<T, String>) -> ort::Result<T> {
-    let done = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panic_message(panic.as_ref())));
-    done.map_err(|reason| ort::Error::new(format!("ai.vitrim {name}: {reason}")))
+fn guard<T>(name: &str, work: impl FnOnce() -> Result<T, Failure>) -> ort::Result<T> {
+    let done = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| Err(panic_message(panic.as_ref()).into()));
+    done.map_err(|Failure(reason)| ort::Error::new(format!("ai.vitrim {name}: {reason}")))
 }
 
 /// The integer attribute `name`, which must not be negative.
-pub fn int(context: &KernelContext, name: &str) -> Result<usize, String> {
+pub fn int(context: &KernelContext, name: &str) -> Result<usize, Failure> {
     let value: i64 = context.get(name).ok_or_else(|| format!("attribute {name} is missing"))?;
-    usize::try_from(value).map_err(|_| format!("attribute {name} is {value}"))
+    usize::try_from(value).map_err(|_| format!("attribute {name} is {value}").into())
 }

@@ -8,7 +8,7 @@ use std::ffi::{c_float, c_int};
 
 use crate::Heads;
 use crate::cuda::{
-    Arguments, CUdeviceptr, CUstream, Device, Dtype, Error, Launch, Operator, aligned, enqueue_all, ensure, grid, int,
+    Arguments, CUdeviceptr, CUstream, Device, Dtype, Error, Launch, Operator, aligned, enqueue_all, ensure, int,
 };
 
 /// What attends to what: extents and attributes of the operators.
@@ -76,7 +76,7 @@ unsafe impl Arguments for AttentionArguments {
     const OPERATOR: Operator = Operator::Attention;
 }
 
-const THREADS: u32 = 128;
+const THREADS: usize = 128;
 
 /// How a kernel divides the work.
 struct Kernel {
@@ -169,9 +169,8 @@ pub fn launches(
         wide: aligned(16, &[tensors.q, tensors.k, tensors.v, tensors.y], &distances).into(),
         tiles: int(tiles)?,
     };
-    let blocks = grid(&[batch, q.heads, tiles, kernel.groups])?;
-    let shared = kernel.shared as u32;
-    Ok((blocks > 0).then_some(Launch { kernel: kernel.name, blocks, threads: THREADS, shared, arguments }).into_iter())
+    let blocks = [batch, q.heads, tiles, kernel.groups];
+    Ok(Launch::of(kernel.name, &blocks, THREADS, kernel.shared, arguments)?.into_iter())
 }
 
 /// Attends: enqueues the kernel on `stream`, whose context is current.

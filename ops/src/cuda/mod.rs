@@ -168,6 +168,21 @@ pub struct Launch<A> {
 }
 
 impl<A: Arguments> Launch<A> {
+    /// A launch of as many blocks as the product of `blocks`; none where there are none, as a grid must not be empty.
+    ///
+    /// Fails if a grid has no room for them.
+    pub(crate) fn of(
+        kernel: &'static str,
+        blocks: &[usize],
+        threads: usize,
+        shared: usize,
+        arguments: A,
+    ) -> Result<Option<Self>, Error> {
+        let blocks = grid(blocks)?;
+        let launch = Self { kernel, blocks, threads: threads as u32, shared: shared as u32, arguments };
+        Ok((blocks > 0).then_some(launch))
+    }
+
     /// Puts the kernel in the queue of `stream`, whose context is current.
     ///
     /// # Safety
@@ -350,7 +365,7 @@ pub(crate) fn int(count: usize) -> Result<c_int, Error> {
 }
 
 /// The number of blocks of a grid.
-pub(crate) fn grid(factors: &[usize]) -> Result<c_uint, Error> {
+fn grid(factors: &[usize]) -> Result<c_uint, Error> {
     let blocks = factors.iter().try_fold(1usize, |product, &factor| product.checked_mul(factor));
     blocks
         .filter(|&blocks| blocks <= c_int::MAX as usize)

@@ -1,17 +1,7 @@
 //! Slots of tokens on the CPU.
 
+use super::Problem;
 use crate::cpu::{Error, check_len, position};
-
-/// Extents.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Problem {
-    /// Images, B.
-    pub batch: usize,
-    /// Slots of each, M.
-    pub slots: usize,
-    /// Tokens of each that left, r.
-    pub r: usize,
-}
 
 /// Writes the slot of every token to `assign`, `[B, M + r]`, from `anchor`, `[B, M]`, and `leaving` and `into`, `[B, r]`.
 ///

@@ -3,18 +3,8 @@
 
 use std::ffi::{c_int, c_longlong};
 
-use crate::cuda::{Arguments, CUdeviceptr, CUstream, Error, Launch, Operator, enqueue_all, grid, int};
-
-/// Which extents the operands have.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Problem {
-    /// Images, B.
-    pub batch: usize,
-    /// Slots of each, M.
-    pub slots: usize,
-    /// Tokens of each that left.
-    pub r: usize,
-}
+use super::Problem;
+use crate::cuda::{Arguments, CUdeviceptr, CUstream, Error, Launch, Operator, enqueue_all, int};
 
 /// Device memory of the operands, all int64 and contiguous.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,9 +57,7 @@ pub fn launches(
         slots: int(problem.slots)?,
         r: int(problem.r)?,
     };
-    let blocks = grid(&[count.div_ceil(THREADS)])?;
-    let launch = Launch { kernel: "token_assign", blocks, threads: THREADS as u32, shared: 0, arguments };
-    Ok((blocks > 0).then_some(launch).into_iter())
+    Ok(Launch::of("token_assign", &[count.div_ceil(THREADS)], THREADS, 0, arguments)?.into_iter())
 }
 
 /// The slot of every token: enqueues the kernel on `stream`, whose context is current.

@@ -16,3 +16,14 @@ pub mod cuda;
 
 #[cfg(feature = "bodies")]
 pub use body::TokenAssign;
+
+/// The extents of a call, for kernels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Problem {
+    /// Images, B.
+    pub batch: usize,
+    /// Slots of each, M.
+    pub slots: usize,
+    /// Tokens of each that left, r.
+    pub r: usize,
+}

@@ -3,7 +3,7 @@
 
 use std::ffi::{c_int, c_longlong};
 
-use crate::cuda::{Arguments, CUdeviceptr, CUstream, Dtype, Error, Launch, Operator, aligned, enqueue_all, grid, int};
+use crate::cuda::{Arguments, CUdeviceptr, CUstream, Dtype, Error, Launch, Operator, aligned, enqueue_all, int};
 
 /// What is averaged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,8 +79,8 @@ pub fn launches(
         wide: aligned(16, &[tensors.table, tensors.y], &[channels * dtype.bytes()]).into(),
     };
     let kernel = ["token_mean_f32", "token_mean_f16", "token_mean_bf16"][dtype as usize];
-    let blocks = grid(&[(batch * slots).div_ceil(THREADS / 32)])?;
-    Ok((blocks > 0).then_some(Launch { kernel, blocks, threads: THREADS as u32, shared: 0, arguments }).into_iter())
+    let blocks = (batch * slots).div_ceil(THREADS / 32);
+    Ok(Launch::of(kernel, &[blocks], THREADS, 0, arguments)?.into_iter())
 }
 
 /// The mean over each slot: enqueues the kernel on `stream`, whose context is current.

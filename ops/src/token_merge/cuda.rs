@@ -12,7 +12,7 @@ use std::ffi::c_int;
 
 use crate::Heads;
 use crate::cuda::{
-    Arguments, CUdeviceptr, CUstream, Device, Dtype, Error, Launch, Operator, aligned, enqueue_all, ensure, grid, int,
+    Arguments, CUdeviceptr, CUstream, Device, Dtype, Error, Launch, Operator, aligned, enqueue_all, ensure, int,
 };
 
 /// What is merged: extents and attributes of the operator.
@@ -205,11 +205,8 @@ pub fn launches(
         wide: aligned(16, &[tensors.x, tensors.y], &[row]).into(),
     };
     let launch = |kernel, parts: usize, shared: usize| {
-        let blocks = grid(&[problem.batch, parts])?;
         let arguments = MergeArguments { parts: int(parts)?, ..arguments };
-        let launch = Launch { kernel, blocks, threads: THREADS as u32, shared: shared as u32, arguments };
-        // A grid must not be empty.
-        Ok::<_, Error>((blocks > 0).then_some(launch))
+        Launch::of(kernel, &[problem.batch, parts], THREADS, shared, arguments)
     };
 
     let of = |kernels: [&'static str; 3], dtype: Dtype| kernels[dtype as usize];

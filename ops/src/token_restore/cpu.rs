@@ -1,19 +1,7 @@
 //! Slots back to tokens on the CPU.
 
+use super::Problem;
 use crate::cpu::{Error, Pool, check_len, each, position};
-
-/// Extents.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Problem {
-    /// Images, B.
-    pub batch: usize,
-    /// Slots of each, M.
-    pub slots: usize,
-    /// Tokens of each, N.
-    pub tokens: usize,
-    /// Bytes of one slot: its channels, of whatever type.
-    pub row_bytes: usize,
-}
 
 /// Copies every slot of `y`, `[B, M, row_bytes]`, to the tokens that `assign`, `[B, N]`, has in it: `x` is
 /// `[B, N, row_bytes]`.

@@ -3,20 +3,8 @@
 
 use std::ffi::{c_int, c_longlong};
 
-use crate::cuda::{Arguments, CUdeviceptr, CUstream, Error, Launch, Operator, aligned, enqueue_all, ensure, grid, int};
-
-/// What is restored.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Problem {
-    /// Images, B.
-    pub batch: usize,
-    /// Tokens of each, N.
-    pub tokens: usize,
-    /// Slots of each, M.
-    pub slots: usize,
-    /// Bytes of a slot: C elements of any type.
-    pub row_bytes: usize,
-}
+use super::Problem;
+use crate::cuda::{Arguments, CUdeviceptr, CUstream, Error, Launch, Operator, aligned, enqueue_all, ensure, int};
 
 /// Device memory of the operands, all contiguous and aligned to their elements.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -71,8 +59,8 @@ pub fn launches(
         tokens: int(tokens)?,
         slots: int(slots)?,
     };
-    let blocks = grid(&[(batch * tokens).div_ceil(THREADS / 32)])?;
-    Ok((blocks > 0).then_some(Launch { kernel, blocks, threads: THREADS as u32, shared: 0, arguments }).into_iter())
+    let blocks = (batch * tokens).div_ceil(THREADS / 32);
+    Ok(Launch::of(kernel, &[blocks], THREADS, 0, arguments)?.into_iter())
 }
 
 /// Copies every slot to its tokens: enqueues the kernel on `stream`, whose context is current.

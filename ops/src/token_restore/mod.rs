@@ -15,3 +15,16 @@ pub mod cuda;
 
 #[cfg(feature = "bodies")]
 pub use body::TokenRestore;
+
+/// The extents of a call, for kernels.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Problem {
+    /// Images, B.
+    pub batch: usize,
+    /// Slots of each, M.
+    pub slots: usize,
+    /// Tokens of each, N.
+    pub tokens: usize,
+    /// Bytes of one slot: its channels, of whatever type.
+    pub row_bytes: usize,
+}

@@ -3,7 +3,7 @@
 
 use std::ffi::c_longlong;
 
-use crate::cuda::{Arguments, CUdeviceptr, CUstream, Error, Launch, Operator, enqueue_all, grid};
+use crate::cuda::{Arguments, CUdeviceptr, CUstream, Error, Launch, Operator, enqueue_all};
 
 /// As `Size` in kernel.cu.
 #[repr(C)]
@@ -24,10 +24,8 @@ const THREADS: usize = 256;
 ///
 /// Fails if a grid has no room for them.
 pub fn launches(count: usize, size: CUdeviceptr) -> Result<impl Iterator<Item = Launch<SizeArguments>> + use<>, Error> {
-    let blocks = grid(&[count.div_ceil(THREADS)])?;
     let arguments = SizeArguments { size, count: count as c_longlong };
-    let launch = Launch { kernel: "token_size", blocks, threads: THREADS as u32, shared: 0, arguments };
-    Ok((blocks > 0).then_some(launch).into_iter())
+    Ok(Launch::of("token_size", &[count.div_ceil(THREADS)], THREADS, 0, arguments)?.into_iter())
 }
 
 /// Writes one for each of `count` = B · N tokens to `size`, float32 `[B, N, 1]`: enqueues the kernel on `stream`, whose

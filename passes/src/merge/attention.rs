@@ -17,16 +17,17 @@ impl Rewriter<'_> {
             return;
         }
         for (at, block) in self.vit.blocks.iter().enumerate() {
-            let stage = Some(self.stages.of_block(at));
+            let stage = self.stages.of_block(at);
+            let counted = self.stages.count(stage).is_some_and(|count| count.as_known().is_some());
+            let fits = |window: &Window| {
+                // What has batch and tokens on one axis is told apart by the count.
+                let counted = counted || !matches!(window.form, Form::Flat { .. });
+                counted && self.stages.of(window.value) == Some(stage)
+            };
             for attention in &block.attentions {
                 let Some(plain) = self.vit.plain_attention(self.graph, attention) else { continue };
-                let (count, windows) =
-                    (self.stages.count(self.stages.of_block(at)), [plain.q, plain.k, plain.v, plain.y]);
-                let fits = |window: &Window| {
-                    let counted = window.form != Form::Flat || count.as_ref().is_some_and(|n| n.as_known().is_some());
-                    counted && self.stages.of(window.value) == stage
-                };
                 let (dtype, of_operands) = (self.dtype(plain.y.value), self.dtype(plain.q.value));
+                let windows = [plain.q, plain.k, plain.v, plain.y];
                 if dtype.is_float() && dtype == of_operands && windows.iter().all(fits) {
                     self.plain.insert(attention.core.softmax, plain);
                 }
@@ -57,7 +58,7 @@ impl Rewriter<'_> {
             let result = match y.form {
                 Form::Joined => joined,
                 Form::Split => self.reshape(joined, &[0, 0, y.heads, y.head_dim], &format!("{hint}/heads")),
-                Form::Flat => self.reshape(joined, &[-1, y.heads * y.head_dim], &format!("{hint}/flat")),
+                Form::Flat { width } => self.reshape(joined, &[-1, width], &format!("{hint}/flat")),
             };
             self.replace(y.value, result);
         }
@@ -67,17 +68,16 @@ impl Rewriter<'_> {
     /// The tensor of a window as `[B, N, W]`. Once for each: readers of one tensor stay so.
     pub(super) fn channels_last(&mut self, window: Window, stage: usize, hint: &str) -> ValueId {
         let value = self.replacement(window.value);
-        if window.form == Form::Joined {
-            return value;
-        }
         if let Some(&joined) = self.joined.get(&value) {
             return joined;
         }
-        let count = self.stages.count(stage).and_then(|count| count.as_known());
-        let width = self.vit.shapes.dims(window.value).and_then(|dims| dims.last()?.as_known());
-        let target = match (window.form, count, width) {
-            (Form::Flat, Some(count), Some(width)) => [-1, count, width],
-            _ => [0, 0, -1],
+        let target = match window.form {
+            Form::Joined => return value,
+            Form::Split => [0, 0, -1],
+            Form::Flat { width } => {
+                let count = self.stages.count(stage).and_then(|count| count.as_known());
+                [-1, count.expect("such windows are plain where tokens are counted"), width]
+            }
         };
         let joined = self.reshape(value, &target, &format!("{hint}/channels_last"));
         self.joined.insert(value, joined);

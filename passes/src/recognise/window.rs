@@ -37,8 +37,11 @@ pub enum Form {
     Joined,
     /// `[B, N, ..]`, with several axes for the channels.
     Split,
-    /// `[B * N, W]`
-    Flat,
+    /// `[B * N, width]`
+    Flat {
+        /// All channels.
+        width: i64,
+    },
 }
 
 /// An attention without bias or mask over tokens that are all there.
@@ -201,12 +204,6 @@ impl<'a> View<'a> {
 
     /// A value as heads of itself, if its factors come in that order.
     fn as_window(self, value: ValueId, axes: &[Axis]) -> Option<Window> {
-        let form = match axes {
-            [batch, tokens, _] if batch.len() == 1 && tokens.len() == 1 => Form::Joined,
-            [batch, tokens, _, ..] if batch.len() == 1 && tokens.len() == 1 => Form::Split,
-            [both, _] if both.len() == 2 => Form::Flat,
-            _ => return None,
-        };
         let factors: Vec<&Factor> = axes.iter().flatten().collect();
         let [Batch(_), Tokens(tokens), entries @ .., Heads(heads), Channels(head_dim)] = &factors[..] else {
             return None;
@@ -214,12 +211,19 @@ impl<'a> View<'a> {
         if tokens != self.axes.tokens() {
             return None;
         }
-        let mut at = 0;
+        let (mut at, mut width) = (0, heads * head_dim);
         for entry in entries {
             let Entry { at: own, of } = entry else { return None };
-            at = at * of.as_known()? + own;
+            let of = of.as_known()?;
+            (at, width) = (at * of + own, width * of);
         }
         at *= heads * head_dim;
+        let form = match axes {
+            [batch, tokens, _] if batch.len() == 1 && tokens.len() == 1 => Form::Joined,
+            [batch, tokens, _, ..] if batch.len() == 1 && tokens.len() == 1 => Form::Split,
+            [both, _] if both.len() == 2 => Form::Flat { width },
+            _ => return None,
+        };
         Some(Window { value, form, at, heads: *heads, head_dim: *head_dim })
     }
 

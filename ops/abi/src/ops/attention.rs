@@ -8,7 +8,7 @@ use vitrim_ops::attention::{cpu, cuda};
 use vitrim_ops::cpu::Element;
 use vitrim_ops::cuda::Operator;
 
-use crate::call::{Call, OnDevice, Typed};
+use crate::call::{Call, Failure, OnDevice, Typed};
 use crate::operator::{Compute, Create, Device, Dim, Entry, Operand, Output, int};
 
 pub fn entries<T: OnDevice + Element>(device: Device) -> [Entry; 2] {
@@ -32,7 +32,7 @@ fn shapes(context: &ShapeInferenceContext, inputs: &[Vec<Dim>]) -> Option<Vec<Ve
     }
 }
 
-fn create<T: OnDevice + Element>(context: &KernelContext, device: Device, sized: bool) -> Result<Compute, String> {
+fn create<T: OnDevice + Element>(context: &KernelContext, device: Device, sized: bool) -> Result<Compute, Failure> {
     let (heads, head_dim) = (int(context, "heads")?, int(context, "head_dim")?);
     let (q_at, k_at, v_at) = (int(context, "q_at")?, int(context, "k_at")?, int(context, "v_at")?);
     let scale: f32 = context.get("scale").ok_or("attribute scale is missing")?;
@@ -58,7 +58,7 @@ fn create<T: OnDevice + Element>(context: &KernelContext, device: Device, sized:
                 let size = size.map(|size| size.slice());
                 let inputs = cpu::Inputs { q: q.slice(), k: k.slice(), v: v.slice(), size };
                 let run = |scratch: &mut [f32]| cpu::attention(&problem, inputs, y.slice(), workers, scratch, call);
-                call.with_scratch(problem.scratch_len(workers), run)?.map_err(|error| error.to_string())
+                call.with_scratch(problem.scratch_len(workers), run)??
             }
             Device::Cuda => {
                 let dtype = T::DTYPE;
@@ -68,8 +68,9 @@ fn create<T: OnDevice + Element>(context: &KernelContext, device: Device, sized:
                 let tensors = cuda::Tensors { q, k, v, size, y: y.address() };
                 // SAFETY: the stream is this call's; operands and output are of these extents and there for what runs
                 // in it.
-                unsafe { cuda::attention(call.stream()?, &problem, &tensors) }.map_err(|error| error.to_string())
+                unsafe { cuda::attention(call.stream()?, &problem, &tensors) }?
             }
         }
+        Ok(())
     }))
 }

@@ -1,5 +1,5 @@
 use vitrim_ops::cuda::Operator;
-use vitrim_ops::token_assign::{cpu, cuda};
+use vitrim_ops::token_assign::{Problem, cpu, cuda};
 
 use crate::call::Typed;
 use crate::operator::{Device, Dim, Entry, Operand, Output};
@@ -19,22 +19,21 @@ pub fn entry(device: Device) -> Entry {
                 let into = call.input::<i64, 2>(2)?.expect("into", [Some(batch), Some(r)])?;
                 let tokens = slots.checked_add(r).ok_or("too many tokens")?;
                 let assign = call.output::<i64>(0, &[batch, tokens])?;
+                let problem = Problem { batch, slots, r };
                 match device {
                     Device::Cpu => {
-                        let problem = cpu::Problem { batch, slots, r };
                         let [anchor, leaving, into] = [anchor, leaving, into].map(|operand| operand.slice());
-                        cpu::token_assign(&problem, anchor, leaving, into, assign.slice())
-                            .map_err(|error| error.to_string())
+                        cpu::token_assign(&problem, anchor, leaving, into, assign.slice())?
                     }
                     Device::Cuda => {
-                        let problem = cuda::Problem { batch, slots, r };
                         let [anchor, leaving, into] = [anchor, leaving, into].map(|operand| operand.address());
                         let tensors = cuda::Tensors { anchor, leaving, into, assign: assign.address() };
                         // SAFETY: the stream is this call's; operands and output are of these extents and there for
                         // what runs in it.
-                        unsafe { cuda::assign(call.stream()?, &problem, &tensors) }.map_err(|error| error.to_string())
+                        unsafe { cuda::assign(call.stream()?, &problem, &tensors) }?
                     }
                 }
+                Ok(())
             }))
         },
         kernels: Operator::TokenAssign,

@@ -31,8 +31,7 @@ pub fn entry<T: OnDevice + Element>(device: Device) -> Entry {
                 match device {
                     Device::Cpu => {
                         let problem = cpu::Problem { batch, tokens, slots, channels, shared };
-                        cpu::token_mean(&problem, table.slice(), assign.slice(), size.slice(), y.slice(), call)
-                            .map_err(|error| error.to_string())
+                        cpu::token_mean(&problem, table.slice(), assign.slice(), size.slice(), y.slice(), call)?
                     }
                     Device::Cuda => {
                         let problem = cuda::Problem { batch, tokens, slots, channels, shared, dtype: T::DTYPE };
@@ -40,9 +39,10 @@ pub fn entry<T: OnDevice + Element>(device: Device) -> Entry {
                         let tensors = cuda::Tensors { table, assign: assign.address(), size: size.address(), y };
                         // SAFETY: the stream is this call's; operands and output are of these extents and there for
                         // what runs in it.
-                        unsafe { cuda::mean(call.stream()?, &problem, &tensors) }.map_err(|error| error.to_string())
+                        unsafe { cuda::mean(call.stream()?, &problem, &tensors) }?
                     }
                 }
+                Ok(())
             }))
         },
         kernels: Operator::TokenMean,

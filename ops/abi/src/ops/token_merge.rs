@@ -7,7 +7,7 @@ use vitrim_ops::cpu::Element;
 use vitrim_ops::cuda::Operator;
 use vitrim_ops::token_merge::{cpu, cuda};
 
-use crate::call::{Call, DeviceScratch, OnDevice, Typed};
+use crate::call::{Call, DeviceScratch, Failure, OnDevice, Typed};
 use crate::operator::{Compute, Device, Dim, Entry, Operand, Output, int};
 
 /// Tokens of one type, with metrics of every type.
@@ -67,7 +67,7 @@ fn create<T: OnDevice + Element, M: OnDevice + Element>(
     context: &KernelContext,
     device: Device,
     said: Option<Static>,
-) -> Result<Compute, String> {
+) -> Result<Compute, Failure> {
     let (protect, suffix) = (int(context, "protect")?, int(context, "suffix")?);
     let (heads, head_dim, at) = (int(context, "heads")?, int(context, "head_dim")?, int(context, "metric_at")?);
     let scratch = DeviceScratch::default();
@@ -78,7 +78,7 @@ fn create<T: OnDevice + Element, M: OnDevice + Element>(
         let size = call.input::<f32, 3>(2)?.expect("size", [Some(batch), Some(tokens), Some(1)])?;
         let r = match said {
             Some(Static { tokens: expected, .. }) if expected != tokens => {
-                return Err(format!("there are {tokens} tokens, and attribute tokens is {expected}"));
+                return Err(format!("there are {tokens} tokens, and attribute tokens is {expected}").into());
             }
             Some(Static { r, .. }) => r,
             None => match call.input::<i64, 1>(3)?.slice() {
@@ -99,7 +99,7 @@ fn create<T: OnDevice + Element, M: OnDevice + Element>(
                 let (anchor, leaving, into) = (anchor.slice(), leaving.slice(), into.slice());
                 let outputs = cpu::Outputs { y: y.slice(), size: size_out.slice(), anchor, leaving, into };
                 let run = |scratch: &mut [f32]| cpu::token_merge(&problem, inputs, outputs, scratch, call);
-                call.with_scratch(problem.scratch_len(), run)?.map_err(|error| error.to_string())
+                call.with_scratch(problem.scratch_len(), run)??
             }
             Device::Cuda => {
                 let (dtype, metric_dtype) = (T::DTYPE, M::DTYPE);
@@ -118,8 +118,9 @@ fn create<T: OnDevice + Element, M: OnDevice + Element>(
                 };
                 // SAFETY: the stream is this call's; operands and outputs are of these extents and there for what runs in
                 // it, and so is the scratch memory, for this stream alone.
-                unsafe { cuda::merge(call.stream()?, &problem, &tensors) }.map_err(|error| error.to_string())
+                unsafe { cuda::merge(call.stream()?, &problem, &tensors) }?
             }
         }
+        Ok(())
     }))
 }

@@ -1,6 +1,6 @@
 use ort::value::TensorElementType;
 use vitrim_ops::cuda::Operator;
-use vitrim_ops::token_restore::{cpu, cuda};
+use vitrim_ops::token_restore::{Problem, cpu, cuda};
 
 use crate::call::Typed;
 use crate::operator::{Device, Entry, Operand, Output};
@@ -21,7 +21,7 @@ pub fn entry(device: Device, ty: TensorElementType) -> Entry {
             Ok(Box::new(move |call| {
                 let mut shape = call.extents(0)?;
                 let &[batch, slots, ref rest @ ..] = &shape[..] else {
-                    return Err(format!("operand 0 has shape {shape:?}, and an axis of slots is wanted"));
+                    return Err(format!("operand 0 has shape {shape:?}, and an axis of slots is wanted").into());
                 };
                 let channels: usize = rest.iter().product();
                 let assign = call.input::<i64, 2>(1)?.expect("assign", [Some(batch), None])?;
@@ -29,21 +29,17 @@ pub fn entry(device: Device, ty: TensorElementType) -> Entry {
                 shape[1] = tokens;
                 let y = call.input_bytes(0)?;
                 let (x, element) = call.output_bytes(0, &shape)?;
-                let row_bytes = channels * element;
+                let problem = Problem { batch, slots, tokens, row_bytes: channels * element };
                 match device {
-                    Device::Cpu => {
-                        let problem = cpu::Problem { batch, slots, tokens, row_bytes };
-                        cpu::token_restore(&problem, y.slice(), assign.slice(), x.slice(), call)
-                            .map_err(|error| error.to_string())
-                    }
+                    Device::Cpu => cpu::token_restore(&problem, y.slice(), assign.slice(), x.slice(), call)?,
                     Device::Cuda => {
-                        let problem = cuda::Problem { batch, tokens, slots, row_bytes };
                         let tensors = cuda::Tensors { y: y.address(), assign: assign.address(), x: x.address() };
                         // SAFETY: the stream is this call's; operands and output are of these extents and there for
                         // what runs in it.
-                        unsafe { cuda::restore(call.stream()?, &problem, &tensors) }.map_err(|error| error.to_string())
+                        unsafe { cuda::restore(call.stream()?, &problem, &tensors) }?
                     }
                 }
+                Ok(())
             }))
         },
         kernels: Operator::TokenRestore,

@@ -19,15 +19,15 @@ pub fn entry(device: Device, ty: TensorElementType) -> Entry {
             Ok(Box::new(move |call| {
                 let shape = call.extents(0)?;
                 let &[batch, tokens, ..] = &shape[..] else {
-                    return Err(format!("operand 0 has shape {shape:?}, and an axis of tokens is wanted"));
+                    return Err(format!("operand 0 has shape {shape:?}, and an axis of tokens is wanted").into());
                 };
                 let size = call.output::<f32>(0, &[batch, tokens, 1])?;
                 match device {
-                    Device::Cpu => cpu::token_size(batch, tokens, size.slice()).map_err(|error| error.to_string()),
+                    Device::Cpu => cpu::token_size(batch, tokens, size.slice())?,
                     // SAFETY: the stream is this call's, and the output is there for what runs in it.
-                    Device::Cuda => unsafe { cuda::ones(call.stream()?, batch * tokens, size.address()) }
-                        .map_err(|error| error.to_string()),
+                    Device::Cuda => unsafe { cuda::ones(call.stream()?, batch * tokens, size.address()) }?,
                 }
+                Ok(())
             }))
         },
         kernels: Operator::TokenSize,
