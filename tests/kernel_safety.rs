@@ -26,8 +26,11 @@ impl Call<'_> {
             .map(|(name, tensor)| calls.input(name, common::ops::data_type(tensor), tensor.shape().len()))
             .collect();
         let mut attributes: Vec<_> = self.ints.iter().map(|&(name, value)| (name, Attribute::Int(value))).collect();
-        if self.op.ends_with("Attention") {
+        if self.op.ends_with("Attention") || self.op == "TokenScore" {
             attributes.push(("scale", Attribute::Float(1.0)));
+        }
+        if self.op == "MaskedSoftmax" {
+            attributes.push(("eps", Attribute::Float(1e-6)));
         }
         let results = calls.op_with(self.op, "result", &inputs, &attributes, self.results);
         for (at, result) in results.into_iter().enumerate() {
@@ -101,6 +104,32 @@ fn attention<'a>() -> Call<'a> {
     }
 }
 
+fn score<'a>() -> Call<'a> {
+    let [q, k] = ["q", "k"].map(|name| (name, floats(&[2, 5, 8])));
+    Call {
+        op: "TokenScore",
+        inputs: vec![q, k, ("size", filled(&[2, 5, 1], 1.0))],
+        ints: vec![("heads", 2), ("head_dim", 4), ("q_at", 0), ("k_at", 0), ("queries", 1)],
+        results: 1,
+    }
+}
+
+fn prune<'a>() -> Call<'a> {
+    Call {
+        op: "TokenPrune",
+        inputs: vec![("x", floats(&[2, 9, 4])), ("score", floats(&[2, 9])), ("size", filled(&[2, 9, 1], 1.0))],
+        ints: vec![("keep", 5), ("tokens", 9), ("protect", 1), ("suffix", 1), ("fuse", 1), ("dtype", 1)],
+        results: 4,
+    }
+}
+
+fn prune_dynamic<'a>(keep: Tensor) -> Call<'a> {
+    let Call { mut inputs, mut ints, results, .. } = prune();
+    inputs.push(("keep", keep));
+    ints.retain(|(name, _)| !["keep", "tokens"].contains(name));
+    Call { op: "TokenPruneDynamic", inputs, ints, results }
+}
+
 fn assign<'a>() -> Call<'a> {
     let anchor = ("anchor", indices(&[1, 3], &[0, 1, 3]));
     let inputs = vec![anchor, ("leaving", indices(&[1, 1], &[2])), ("into", indices(&[1, 1], &[2]))];
@@ -118,10 +147,32 @@ fn mean<'a>() -> Call<'a> {
     Call { op: "TokenMean", inputs, ints: vec![("dtype", 1)], results: 1 }
 }
 
+fn softmax<'a>() -> Call<'a> {
+    let inputs =
+        vec![("scores", floats(&[2, 3, 5, 4])), ("mask", filled(&[2, 5, 4], 1.0)), ("size", filled(&[2, 4, 1], 1.0))];
+    Call { op: "MaskedSoftmax", inputs, ints: vec![("dtype", 1)], results: 1 }
+}
+
+/// Five tokens, of which three stay, and a slot made from scratch.
+fn mask<'a>() -> Call<'a> {
+    let anchor = indices(&[1, 4], &[0, 4, 2, -1]);
+    let inputs = vec![("weights", floats(&[1, 2, 5, 5])), ("anchor", anchor)];
+    let ints = vec![("connections", 1), ("slots", 4), ("protect", 1), ("suffix", 1)];
+    Call { op: "ConnectionMask", inputs, ints, results: 1 }
+}
+
+fn mask_dynamic<'a>() -> Call<'a> {
+    let Call { mut inputs, .. } = mask();
+    inputs.push(("connections", indices(&[1], &[1])));
+    Call { op: "ConnectionMaskDynamic", inputs, ints: vec![("protect", 1), ("suffix", 1)], results: 1 }
+}
+
 #[test]
 fn well_formed_calls_run() {
     let scratch = Scratch::new("calls");
-    for call in [merge(), attention(), assign(), restore(), mean()] {
+    let dynamic = prune_dynamic(indices(&[1], &[5]));
+    let of_tokens = [merge(), attention(), score(), prune(), dynamic, assign(), restore(), mean()];
+    for call in of_tokens.into_iter().chain([softmax(), mask(), mask_dynamic()]) {
         call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
     }
 }
@@ -163,6 +214,38 @@ fn malformed_calls_are_errors() {
         ("channels that no memory has", attention().set("head_dim", i64::MAX / 1000)),
         ("no channels", attention().set("head_dim", 0)),
         ("values behind the channels", attention().set("v_at", 1)),
+        ("scored queries of rank 2", score().with("q", floats(&[5, 8]))),
+        ("scored keys of another batch", score().with("k", floats(&[1, 5, 8]))),
+        ("scored keys of float16", score().with("k", half(&[2, 5, 8]))),
+        ("sizes of other scored keys", score().with("size", filled(&[2, 4, 1], 1.0))),
+        ("sizes of scored keys of rank 2", score().with("size", filled(&[2, 5], 1.0))),
+        ("scores of no query", score().set("queries", 0)),
+        ("scores of fewer than no query", score().set("queries", -1)),
+        ("scores where there is no query", score().with("q", floats(&[2, 0, 8]))),
+        ("scores of no heads", score().set("heads", 0)),
+        ("scores of heads beyond the channels", score().set("head_dim", 5)),
+        ("scores of heads of a width that nothing counts", score().set("head_dim", i64::MAX)),
+        ("scored keys behind the channels", score().set("k_at", 1)),
+        ("pruned tokens of rank 2", prune().with("x", floats(&[9, 4]))),
+        ("pruned integers", prune().with("x", indices(&[2, 9, 1], &[0; 18]))),
+        ("scores of other tokens", prune().with("score", floats(&[2, 8]))),
+        ("scores of another batch", prune().with("score", floats(&[1, 9]))),
+        ("scores of rank 3", prune().with("score", floats(&[2, 9, 1]))),
+        ("scores in float16", prune().with("score", half(&[2, 9]))),
+        ("sizes of other pruned tokens", prune().with("size", filled(&[2, 8, 1], 1.0))),
+        ("more kept than candidates", prune().set("keep", 8)),
+        ("fewer kept than none", prune().set("keep", -1)),
+        ("kept beyond all bounds", prune().set("keep", i64::MAX)),
+        ("other tokens than are pruned", prune().set("tokens", 10)),
+        ("more protected than are pruned", prune().set("protect", 9)),
+        ("a suffix below zero", prune().set("suffix", -1)),
+        ("a suffix of pruned tokens beyond all bounds", prune().set("suffix", i64::MAX)),
+        ("fused twice", prune().set("fuse", 2)),
+        ("outputs of pruning left out", Call { results: 2, ..prune() }),
+        ("two numbers to keep", prune_dynamic(indices(&[2], &[1, 2]))),
+        ("no number to keep", prune_dynamic(indices(&[0], &[]))),
+        ("a scalar to keep", prune_dynamic(indices(&[], &[1]))),
+        ("all protected twice", prune_dynamic(indices(&[1], &[1])).set("protect", 9)),
         ("an anchor beyond the tokens", assign().with("anchor", indices(&[1, 3], &[0, 1, 9]))),
         ("an anchor before the tokens", assign().with("anchor", indices(&[1, 3], &[0, -1, 3]))),
         ("a leaving token beyond the tokens", assign().with("leaving", indices(&[1, 1], &[i64::MAX]))),
@@ -174,6 +257,30 @@ fn malformed_calls_are_errors() {
         ("tables of other tokens", mean().with("table", floats(&[5, 2]))),
         ("a table of rank 4", mean().with("table", floats(&[1, 1, 4, 2]))),
         ("a token's slot beyond the slots", mean().with("assign", indices(&[1, 4], &[0, 1, 2, 7]))),
+        ("scores of rank 3", softmax().with("scores", floats(&[2, 5, 4]))),
+        ("a mask of other queries", softmax().with("mask", filled(&[2, 6, 4], 1.0))),
+        ("a mask of other keys", softmax().with("mask", filled(&[2, 5, 3], 1.0))),
+        ("a mask of one image for two", softmax().with("mask", filled(&[1, 5, 4], 1.0))),
+        ("a mask of heads", softmax().with("mask", filled(&[2, 3, 5, 4], 1.0))),
+        ("a mask of integers", softmax().with("mask", indices(&[2, 5, 4], &[1; 40]))),
+        ("sizes of queries", softmax().with("size", filled(&[2, 5, 1], 1.0))),
+        ("integers for scores", softmax().with("scores", indices(&[2, 3, 5, 4], &[1; 120]))),
+        ("weights of other keys than queries", mask().with("weights", floats(&[1, 2, 5, 4]))),
+        ("weights of rank 3", mask().with("weights", floats(&[1, 5, 5]))),
+        ("weights of no heads", mask().with("weights", floats(&[1, 0, 5, 5]))),
+        ("weights of another batch", mask().with("weights", floats(&[2, 2, 5, 5]))),
+        ("other slots than there are", mask().set("slots", 5)),
+        ("slots below zero", mask().set("slots", -4)),
+        ("connections below zero", mask().set("connections", -1)),
+        ("more slots that keep all than there are", mask().set("protect", 4)),
+        ("slots that keep all beyond all bounds", mask().set("suffix", i64::MAX)),
+        ("slots that keep all below zero", mask().set("protect", -1)),
+        ("a free slot made from scratch", mask().set("suffix", 0)),
+        ("a free anchor beyond the tokens", mask().with("anchor", indices(&[1, 4], &[0, 4, 5, -1]))),
+        ("a free anchor beyond all bounds", mask().with("anchor", indices(&[1, 4], &[0, i64::MIN, 2, -1]))),
+        ("a free anchor before the tokens", mask_dynamic().with("anchor", indices(&[1, 4], &[0, -2, 2, -1]))),
+        ("two counts of connections", mask_dynamic().with("connections", indices(&[2], &[1, 1]))),
+        ("a scalar for connections", mask_dynamic().with("connections", indices(&[], &[1]))),
     ];
     let passed: Vec<&str> =
         cases.iter().filter(|(_, call)| call.run(&scratch).is_ok()).map(|&(what, _)| what).collect();
@@ -204,6 +311,69 @@ fn extremes_have_the_defined_result() {
     let none = ["q", "k", "v"].into_iter().fold(attention(), |call, name| call.with(name, floats(&[0, 5, 8])));
     assert_eq!(shapes(none.with("size", filled(&[0, 5, 1], 1.0))), [[0, 5, 8]]);
     assert_eq!(shapes(attention().with("q", floats(&[2, 0, 8]))), [[2, 0, 8]]);
+    // Scores of no images, heads, queries, keys.
+    for [batch, heads, queries, keys] in [[0, 3, 5, 4], [2, 0, 5, 4], [2, 3, 0, 4], [2, 3, 5, 0]] {
+        let call = softmax()
+            .with("scores", floats(&[batch, heads, queries, keys]))
+            .with("mask", filled(&[batch, queries, keys], 1.0))
+            .with("size", filled(&[batch, keys, 1], 1.0));
+        assert_eq!(shapes(call), [[batch, heads, queries, keys]]);
+    }
+    // Masks of no images and of no slots.
+    let none = mask().with("weights", floats(&[0, 2, 5, 5])).with("anchor", indices(&[0, 4], &[]));
+    assert_eq!(shapes(none), [[0, 4, 4]]);
+    let none = mask_dynamic().with("anchor", indices(&[1, 0], &[])).set("protect", 0).set("suffix", 0);
+    assert_eq!(shapes(none), [[1, 0, 0]]);
+    // All connections stay where none is compared, or more are asked for than there are; of none, the strongest does.
+    let open = |call: Call| -> f64 {
+        let outputs = call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
+        outputs.get("y0").expect("a mask").to_f64().sum()
+    };
+    assert_eq!(open(mask().set("protect", 3)), 16.0);
+    assert_eq!(open(mask().set("connections", i64::MAX)), 16.0);
+    assert_eq!(open(mask().set("connections", 0)), 14.0);
+    for (connections, count) in [(i64::MIN, 14.0), (0, 14.0), (1, 14.0), (2, 16.0), (i64::MAX, 16.0)] {
+        assert_eq!(open(mask_dynamic().with("connections", indices(&[1], &[connections]))), count, "{connections}");
+    }
+}
+
+#[test]
+fn extreme_prunings_have_the_defined_result() {
+    let scratch = Scratch::new("extreme_prunings");
+    let shapes = |call: Call| -> Vec<Vec<usize>> {
+        let outputs = call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
+        outputs.iter().map(|(_, tensor)| tensor.shape().to_vec()).collect()
+    };
+    let of = |batch, slots, channels, tokens| {
+        [vec![batch, slots, channels], vec![batch, slots, 1], vec![batch, slots], vec![batch, tokens]]
+    };
+    assert_eq!(shapes(prune()), of(2, 8, 4, 9));
+    assert_eq!(shapes(prune().set("keep", 7)), of(2, 9, 4, 9));
+    assert_eq!(shapes(prune().set("keep", 0)), of(2, 3, 4, 9));
+    // Nothing is kept of all tokens.
+    let none = || prune().set("keep", 0).set("protect", 0).set("suffix", 0);
+    assert_eq!(shapes(none()), of(2, 1, 4, 9));
+    assert_eq!(shapes(none().set("fuse", 0)), of(2, 0, 4, 9));
+    for (keep, slots) in [(i64::MIN, 3), (-1, 3), (0, 3), (6, 9), (7, 9), (i64::MAX, 9)] {
+        assert_eq!(shapes(prune_dynamic(indices(&[1], &[keep]))), of(2, slots, 4, 9), "{keep}");
+    }
+    // No images; channels of none; no tokens.
+    let sized = |batch, tokens, channels| {
+        prune()
+            .with("x", floats(&[batch, tokens, channels]))
+            .with("score", floats(&[batch, tokens]))
+            .with("size", filled(&[batch, tokens, 1], 1.0))
+            .set("tokens", tokens as i64)
+    };
+    assert_eq!(shapes(sized(0, 9, 4)), of(0, 8, 4, 9));
+    assert_eq!(shapes(sized(2, 9, 0)), of(2, 8, 0, 9));
+    let empty = ["keep", "protect", "suffix"].into_iter().fold(sized(2, 0, 4), |call, name| call.set(name, 0));
+    assert_eq!(shapes(empty), of(2, 0, 4, 0));
+    // No images to score; keys of none; more queries than there are.
+    let none = score().with("q", floats(&[0, 5, 8])).with("k", floats(&[0, 5, 8]));
+    assert_eq!(shapes(none.with("size", filled(&[0, 5, 1], 1.0))), [[0, 5]]);
+    assert_eq!(shapes(score().with("k", floats(&[2, 0, 8])).with("size", filled(&[2, 0, 1], 1.0))), [[2, 0]]);
+    assert_eq!(shapes(score().set("queries", i64::MAX)), [[2, 5]]);
 }
 
 /// What is not finite spreads as arithmetic has it, and no token is lost over it.
@@ -220,6 +390,11 @@ fn what_is_not_finite_loses_no_token() {
             assert_eq!(tokens, (0..9).collect::<Vec<i64>>(), "{value}");
         }
         assert!(outputs.get("y0").expect("tokens").to_f64().iter().all(|x| x.is_finite()), "{value}");
+        let outputs = prune().with("score", filled(&[2, 9], value)).run(&scratch).expect("it runs");
+        // All are equal: the first are kept.
+        let anchor = common::integers(outputs.get("y2").expect("an output"));
+        assert!(anchor.outer_iter().all(|anchor| anchor.iter().eq(&[0, 1, 2, 3, 4, 5, -1, 8])), "{value}");
+        score().with("k", filled(&[2, 5, 8], value)).run(&scratch).expect("it runs");
         attention().with("q", filled(&[2, 5, 8], value)).run(&scratch).expect("it runs");
         attention().with("v", filled(&[2, 5, 8], value)).run(&scratch).expect("it runs");
         attention().with("size", filled(&[2, 5, 1], value)).run(&scratch).expect("it runs");

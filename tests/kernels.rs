@@ -5,8 +5,9 @@ mod common;
 use std::cell::{Cell, RefCell};
 
 use common::ops::{Calls, Case, Reference, data_type};
-use common::{Scratch, kernels, ort, relative, try_run};
-use ndarray::{ArrayD, Axis, IxDyn};
+use common::pruning::Pruning;
+use common::{Scratch, kernels, ort, relative, tract, try_run};
+use ndarray::{Array3, Array4, ArrayD, Axis, IxDyn};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
 use vitrim::runtime::{Backend, Feeds, Outputs};
@@ -208,17 +209,20 @@ struct AttentionPlan {
     joint: bool,
     /// How far scores range.
     sharpness: f64,
+    /// How many queries TokenScore averages.
+    first: i64,
 }
 
 fn attention_plans(dtypes: &'static [DType]) -> impl Strategy<Value = AttentionPlan> {
     let count = || prop_oneof![4 => 1..40usize, 1 => 40..210usize];
     let shape = (1..4usize, count(), count(), 1..5usize, prop_oneof![2 => 1..20usize, 1 => 60..70usize]);
-    let kind = (prop::sample::select(dtypes), any::<bool>(), 0.1..8.0f64);
+    let first = prop_oneof![2 => Just(1), 1 => 2..60i64, 1 => Just(i64::MAX)];
+    let kind = (prop::sample::select(dtypes), any::<bool>(), 0.1..8.0f64, first);
     (any::<u64>(), shape, [0..5usize, 0..5usize, 0..5usize], kind).prop_map(|(seed, shape, at, kind)| {
         let (batch, queries, keys, heads, head_dim) = shape;
-        let (dtype, joint, sharpness) = kind;
+        let (dtype, joint, sharpness, first) = kind;
         let keys = if joint { queries } else { keys };
-        AttentionPlan { seed, batch, queries, keys, heads, head_dim, at, dtype, joint, sharpness }
+        AttentionPlan { seed, batch, queries, keys, heads, head_dim, at, dtype, joint, sharpness, first }
     })
 }
 
@@ -260,16 +264,18 @@ impl AttentionPlan {
         let inputs = ["q", "k", "v"].map(|name| calls.input(name, dtype, 3));
         let size = calls.input("size", DataType::F32, 3);
         let [q_at, k_at, v_at] = self.starts().map(|at| Attribute::Int(at as i64));
-        let attributes = [
+        let scores = [
             ("heads", Attribute::Int(self.heads as i64)),
             ("head_dim", Attribute::Int(self.head_dim as i64)),
             ("q_at", q_at),
             ("k_at", k_at),
-            ("v_at", v_at),
             ("scale", Attribute::Float(self.scale())),
-            ("dtype", Attribute::Int(dtype.code().into())),
         ];
+        let attributes = [&scores[..], &[("v_at", v_at), ("dtype", Attribute::Int(dtype.code().into()))]].concat();
         let [q, k, v] = inputs;
+        let chosen = [&scores[..], &[("queries", Attribute::Int(self.first))]].concat();
+        let score = calls.op_with("TokenScore", "score", &[q, k, size], &chosen, 1)[0];
+        calls.output("score", score, DataType::F32, 2);
         for (name, inputs) in [("Attention", vec![q, k, v]), ("ProportionalAttention", vec![q, k, v, size])] {
             let y = calls.op_with(name, name, &inputs, &attributes, 1)[0];
             calls.output(name, y, dtype, 3);
@@ -277,45 +283,66 @@ impl AttentionPlan {
         calls.model()
     }
 
-    /// softmax(scale · q kᵀ + log(size)) v.
-    fn expected(&self, feeds: &Feeds, proportional: bool) -> Tensor {
-        let [q, k, v, size] = ["q", "k", "v", "size"].map(|name| feeds.get(name).expect("it is fed").to_f64());
-        let (d, starts) = (self.head_dim, self.starts());
-        let mut y = ArrayD::zeros(IxDyn(&[self.batch, self.queries, self.heads * d]));
-        for image in 0..self.batch {
-            for head in 0..self.heads {
-                let [q_at, k_at, v_at] = starts.map(|at| at + head * d);
-                for query in 0..self.queries {
-                    let score = |key: usize| {
-                        let product: f64 =
-                            (0..d).map(|at| q[[image, query, q_at + at]] * k[[image, key, k_at + at]]).sum();
-                        let count = if proportional { size[[image, key, 0]] } else { 1.0 };
-                        product * f64::from(self.scale()) + count.ln()
-                    };
-                    let scores: Vec<f64> = (0..self.keys).map(score).collect();
-                    let largest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                    let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
-                    let total: f64 = weights.iter().sum();
-                    for at in 0..d {
-                        let sum: f64 =
-                            weights.iter().enumerate().map(|(key, weight)| weight * v[[image, key, v_at + at]]).sum();
-                        y[[image, query, head * d + at]] = sum / total;
-                    }
-                }
-            }
+    /// The rows of softmax(scale · q kᵀ + log(size)), of each query of each head of each image.
+    fn weights(&self, feeds: &Feeds, proportional: bool) -> Array4<f64> {
+        let [q, k, size] = ["q", "k", "size"].map(|name| of_three_axes(feeds, name));
+        let (d, [q_at, k_at, _]) = (self.head_dim, self.starts());
+        let shape = (self.batch, self.heads, self.queries, self.keys);
+        let mut rows = Array4::from_shape_fn(shape, |(image, head, query, key)| {
+            let product = |at: usize| q[[image, query, q_at + head * d + at]] * k[[image, key, k_at + head * d + at]];
+            let count: f64 = if proportional { size[[image, key, 0]] } else { 1.0 };
+            (0..d).map(product).sum::<f64>() * f64::from(self.scale()) + count.ln()
+        });
+        for mut row in rows.lanes_mut(Axis(3)) {
+            let largest = row.fold(f64::NEG_INFINITY, |largest, &score| largest.max(score));
+            row.mapv_inplace(|score| (score - largest).exp());
+            let total = row.sum();
+            row /= total;
         }
-        Tensor::from(y)
+        rows
+    }
+
+    /// The weights times v.
+    fn attended(&self, feeds: &Feeds, weights: &Array4<f64>) -> Tensor {
+        let (v, d) = (of_three_axes(feeds, "v"), self.head_dim);
+        let v_at = self.starts()[2];
+        let shape = (self.batch, self.queries, self.heads * d);
+        let y = Array3::from_shape_fn(shape, |(image, query, channel)| {
+            let weight = |key: usize| weights[[image, channel / d, query, key]];
+            (0..self.keys).map(|key| weight(key) * v[[image, key, v_at + channel]]).sum::<f64>()
+        });
+        Tensor::from(y.into_dyn())
+    }
+
+    /// The mean of the weights over heads and the first queries.
+    fn received(&self, weights: &Array4<f64>) -> Tensor {
+        let chosen = self.queries.min(self.first as usize);
+        let rows = weights.slice_axis(Axis(2), (..chosen).into());
+        let mean = rows.mean_axis(Axis(2)).and_then(|rows| rows.mean_axis(Axis(1))).expect("heads and queries");
+        Tensor::from(mean.into_dyn())
     }
 }
 
+fn of_three_axes(feeds: &Feeds, name: &str) -> Array3<f64> {
+    feeds.get(name).expect("it is fed").to_f64().into_dimensionality().expect("three axes")
+}
+
+/// Attention, ProportionalAttention, TokenScore.
 fn check_attention(what: &str, dtypes: &'static [DType], backends: &[(&str, &dyn Backend)]) {
     let scratch = Scratch::new(what);
     for_all(attention_plans(dtypes), |plan| {
         let feeds = plan.feeds();
+        let [plain, sized] = [false, true].map(|proportional| plan.weights(&feeds, proportional));
+        let expected = [
+            // Whatever the type, scores are float32 of operands that are exact.
+            ("score", plan.received(&sized), DType::F32),
+            ("Attention", plan.attended(&feeds, &plain), plan.dtype),
+            ("ProportionalAttention", plan.attended(&feeds, &sized), plan.dtype),
+        ];
         for (name, outputs) in outputs_of(backends, &scratch, &plan.model(&feeds), &feeds)? {
-            for (op, proportional) in [("Attention", false), ("ProportionalAttention", true)] {
-                let apart = relative(&plan.expected(&feeds, proportional), outputs.get(op).expect("an output"));
-                prop_assert!(apart <= tolerance(plan.dtype), "{name}, {op}: {apart:e} off");
+            for (output, expected, dtype) in &expected {
+                let apart = relative(expected, outputs.get(output).expect("an output"));
+                prop_assert!(apart <= tolerance(*dtype), "{name}, {output}: {apart:e} off");
             }
         }
         Ok(())
@@ -332,4 +359,359 @@ fn attention_agrees() {
 fn attention_of_bfloat16_agrees() {
     let kernels = kernels();
     check_attention("attention_bfloat16", &[DType::Bf16], &[(KERNEL, kernels.as_ref())]);
+}
+
+/// The attention level of Tri-Level E-ViT without its numbers.
+#[derive(Clone, Debug)]
+struct SoftmaxPlan {
+    seed: u64,
+    batch: usize,
+    heads: usize,
+    queries: usize,
+    keys: usize,
+    dtype: DType,
+    /// How far scores range.
+    sharpness: f64,
+    /// Connections that are closed, of every hundred.
+    closed: usize,
+    sized: bool,
+}
+
+fn softmax_plans(dtypes: &'static [DType]) -> impl Strategy<Value = SoftmaxPlan> {
+    let count = || prop_oneof![4 => 1..40usize, 1 => 40..210usize];
+    let kind = (prop::sample::select(dtypes), 0.1..8.0f64, 0..=100usize, any::<bool>());
+    (any::<u64>(), (1..4usize, 1..5usize, count(), count()), kind).prop_map(|(seed, shape, kind)| {
+        let ((batch, heads, queries, keys), (dtype, sharpness, closed, sized)) = (shape, kind);
+        SoftmaxPlan { seed, batch, heads, queries, keys, dtype, sharpness, closed, sized }
+    })
+}
+
+impl SoftmaxPlan {
+    const EPS: f32 = 1e-6;
+
+    fn feeds(&self) -> Feeds {
+        let mut noise = Noise(self.seed);
+        let Self { batch, heads, queries, keys, .. } = *self;
+        let scores =
+            ArrayD::from_shape_simple_fn(IxDyn(&[batch, heads, queries, keys]), || self.sharpness * noise.next());
+        let open = |noise: &mut Noise| f64::from((noise.next() + 1.0) * 50.0 >= self.closed as f64);
+        let mask = ArrayD::from_shape_simple_fn(IxDyn(&[batch, queries, keys]), || open(&mut noise));
+        let size = |noise: &mut Noise| if self.sized { (noise.next() * 4.0).abs().ceil() } else { 1.0 };
+        let size = ArrayD::from_shape_simple_fn(IxDyn(&[batch, keys, 1]), || size(&mut noise));
+        let mut feeds = Feeds::default();
+        feeds.push("scores", Tensor::from_f64(self.dtype, &scores));
+        feeds.push("mask", Tensor::from_f64(DType::F32, &mask));
+        feeds.push("size", Tensor::from_f64(DType::F32, &size));
+        feeds
+    }
+
+    fn model(&self, feeds: &Feeds) -> Model {
+        let mut calls = Calls::new(17);
+        let dtype = data_type(feeds.get("scores").expect("it is fed"));
+        let operands = [("scores", dtype, 4), ("mask", DataType::F32, 3), ("size", DataType::F32, 3)];
+        let operands = operands.map(|(name, dtype, rank)| calls.input(name, dtype, rank));
+        let attributes = [("eps", Attribute::Float(Self::EPS)), ("dtype", Attribute::Int(dtype.code().into()))];
+        let weights = calls.op_with("MaskedSoftmax", "softmax", &operands, &attributes, 1)[0];
+        calls.output("weights", weights, dtype, 4);
+        calls.model()
+    }
+
+    /// (e + eps / M) / (Σ e + eps) with e = exp(l + log(size) − peak) · mask.
+    fn expected(&self, feeds: &Feeds) -> ArrayD<f64> {
+        let [scores, mask, size] = ["scores", "mask", "size"].map(|name| feeds.get(name).expect("it is fed").to_f64());
+        let mut weights = scores.clone();
+        for ((image, mut weights), scores) in weights.outer_iter_mut().enumerate().zip(scores.outer_iter()) {
+            for (mut weights, scores) in weights.outer_iter_mut().zip(scores.outer_iter()) {
+                for ((query, mut weights), scores) in weights.outer_iter_mut().enumerate().zip(scores.outer_iter()) {
+                    let sized = |key: usize| scores[[key]] + size[[image, key, 0]].ln();
+                    let peak = (0..self.keys).map(sized).fold(f64::NEG_INFINITY, f64::max);
+                    let open = |key: usize| (sized(key) - peak).exp() * mask[[image, query, key]];
+                    let (total, eps) = ((0..self.keys).map(open).sum::<f64>(), f64::from(Self::EPS));
+                    for key in 0..self.keys {
+                        weights[[key]] = (open(key) + eps / self.keys as f64) / (total + eps);
+                    }
+                }
+            }
+        }
+        weights
+    }
+}
+
+/// Every weight counts, so errors are relative to each, but for what float16 rounds to zero: the floor of closed
+/// connections, for one.
+fn check_softmaxes(what: &str, dtypes: &'static [DType], backends: &[(&str, &dyn Backend)]) {
+    const LEAST_HALF: f64 = 1.0 / (1u32 << 24) as f64;
+    let scratch = Scratch::new(what);
+    for_all(softmax_plans(dtypes), |plan| {
+        let feeds = plan.feeds();
+        let expected = plan.expected(&feeds);
+        for (name, outputs) in outputs_of(backends, &scratch, &plan.model(&feeds), &feeds)? {
+            let weights = outputs.get("weights").expect("an output");
+            prop_assert!(weights.dtype() == plan.dtype && weights.shape() == expected.shape(), "{name}: {weights:?}");
+            let lost = if plan.dtype == DType::F16 { LEAST_HALF / 2.0 } else { 0.0 };
+            for (at, &weight) in weights.to_f64().indexed_iter() {
+                let expected = expected[&at];
+                let allowed = tolerance(plan.dtype) * expected + lost;
+                prop_assert!((weight - expected).abs() <= allowed, "{name}: {weight} for {expected} at {at:?}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn masked_softmax_agrees() {
+    let (body, flat, kernels) = (ort(), tract(), kernels());
+    let backends: [(&str, &dyn Backend); 3] =
+        [("body", body.as_ref()), ("body in tract", flat.as_ref()), (KERNEL, kernels.as_ref())];
+    check_softmaxes("softmax", &[DType::F32, DType::F16], &backends);
+}
+
+#[test]
+fn masked_softmax_of_bfloat16_agrees() {
+    let kernels = kernels();
+    check_softmaxes("softmax_bfloat16", &[DType::Bf16], &[(KERNEL, kernels.as_ref())]);
+}
+
+/// A mask of connections without its numbers.
+#[derive(Clone, Debug)]
+struct MaskPlan {
+    seed: u64,
+    batch: usize,
+    heads: usize,
+    tokens: usize,
+    slots: usize,
+    connections: usize,
+    protect: usize,
+    suffix: usize,
+    dtype: DType,
+    /// Columns that are copies of another, and weights that are at the floor of a masked softmax, of every hundred.
+    copies: usize,
+    floor: usize,
+    dynamic: bool,
+}
+
+fn mask_plans(dtypes: &'static [DType]) -> impl Strategy<Value = MaskPlan> {
+    let tokens = prop_oneof![4 => 1..40usize, 1 => 40..210usize];
+    let kind = (prop::sample::select(dtypes), 0..40usize, 0..=100usize, any::<bool>());
+    let places = (0.0..=1.0f64, 0.0..1.1f64, 0..4usize, 0..4usize);
+    (any::<u64>(), (1..4usize, 1..13usize, tokens), places, kind).prop_map(|(seed, shape, places, kind)| {
+        let ((batch, heads, tokens), (dtype, copies, floor, dynamic)) = (shape, kind);
+        let (kept, ratio, protect, suffix) = places;
+        let free = ((kept * tokens as f64).round() as usize).max(1);
+        // None counts as one, more than there are as all.
+        let connections = (ratio * free as f64).floor() as usize;
+        let slots = protect + free + suffix;
+        MaskPlan { seed, batch, heads, tokens, slots, connections, protect, suffix, dtype, copies, floor, dynamic }
+    })
+}
+
+impl MaskPlan {
+    fn feeds(&self) -> Feeds {
+        let mut noise = Noise(self.seed);
+        let Self { batch, heads, tokens, slots, protect, suffix, .. } = *self;
+        let below = |noise: &mut Noise, end: usize| ((noise.next() + 1.0) / 2.0 * end as f64) as usize;
+        let mut weights = ArrayD::from_shape_simple_fn(IxDyn(&[batch, heads, tokens, tokens]), || noise.next().abs());
+        for mut image in weights.outer_iter_mut() {
+            for row in 0..tokens {
+                for column in 0..tokens {
+                    // In all heads alike, as masks are.
+                    if below(&mut noise, 100) < self.floor {
+                        image.slice_mut(ndarray::s![.., row, column]).fill(1e-3);
+                    }
+                }
+            }
+            for column in 0..tokens {
+                if below(&mut noise, 100) < self.copies {
+                    let other = image.index_axis(Axis(2), below(&mut noise, tokens)).to_owned();
+                    image.index_axis_mut(Axis(2), column).assign(&other);
+                }
+            }
+        }
+        let free = protect..slots - suffix;
+        let mut anchor = ArrayD::from_elem(IxDyn(&[batch, slots]), -1);
+        for mut anchor in anchor.outer_iter_mut() {
+            let mut order: Vec<(usize, i64)> =
+                (0..tokens as i64).map(|token| (below(&mut noise, 1 << 20), token)).collect();
+            order.sort_unstable();
+            free.clone().zip(order).for_each(|(slot, (_, token))| anchor[slot] = token);
+        }
+        let mut feeds = Feeds::default();
+        feeds.push("weights", Tensor::from_f64(self.dtype, &weights));
+        feeds.push("anchor", Tensor::from(anchor));
+        feeds
+    }
+
+    fn model(&self, feeds: &Feeds) -> Model {
+        let mut calls = Calls::new(17);
+        let weights = calls.input("weights", data_type(feeds.get("weights").expect("it is fed")), 4);
+        let anchor = calls.input("anchor", DataType::I64, 2);
+        let (connections, slots) = (self.connections as i64, self.slots as i64);
+        let places = [("protect", self.protect as i64), ("suffix", self.suffix as i64)];
+        let mask = if self.dynamic {
+            let connections = calls.graph.tensor("connections", vitrim_ir::Tensor::shape(&[connections]));
+            calls.op("ConnectionMaskDynamic", "mask", &[weights, anchor, connections], &places, 1)[0]
+        } else {
+            let attributes = [&[("connections", connections), ("slots", slots)][..], &places].concat();
+            calls.op("ConnectionMask", "mask", &[weights, anchor], &attributes, 1)[0]
+        };
+        calls.output("mask", mask, DataType::F32, 3);
+        calls.model()
+    }
+
+    /// What the mask must be; none where float32 may decide as it likes: the connection is nearly as strong as the
+    /// weakest that stays, and not because all their weights are the same.
+    fn expected(&self, feeds: &Feeds) -> ArrayD<Option<f64>> {
+        let Self { batch, heads, slots, connections, protect, suffix, .. } = *self;
+        let weights = feeds.get("weights").expect("it is fed").to_f64();
+        let anchor = common::integers(feeds.get("anchor").expect("it is fed"));
+        let free = protect..slots - suffix;
+        let mut mask = ArrayD::from_elem(IxDyn(&[batch, slots, slots]), Some(1.0));
+        for (image, row) in (0..batch).flat_map(|image| free.clone().map(move |row| (image, row))) {
+            let token = |slot: usize| anchor[[image, slot]] as usize;
+            let of_heads = |column: usize| {
+                (0..heads).map(|head| weights[[image, head, token(row), token(column)]]).collect::<Vec<f64>>()
+            };
+            let mut columns: Vec<_> = free.clone().map(|column| (of_heads(column), column)).collect();
+            let strength = |weights: &[f64]| weights.iter().sum::<f64>() / heads as f64;
+            columns.sort_by(|(a, _), (b, _)| strength(b).total_cmp(&strength(a)));
+            let weakest = &columns[connections.clamp(1, columns.len()) - 1].0;
+            for (weights, column) in &columns {
+                let (own, least) = (strength(weights), strength(weakest));
+                let decided = weights == weakest || (own - least).abs() > MARGIN * least;
+                mask[[image, row, *column]] = decided.then(|| f64::from(own >= least));
+            }
+        }
+        mask
+    }
+}
+
+/// ConnectionMask and ConnectionMaskDynamic. The margin is relative to the weakest that stays.
+fn check_masks(what: &str, dtypes: &'static [DType], backends: &[(&str, &dyn Backend)]) {
+    let scratch = Scratch::new(what);
+    let (decided, close) = (Cell::new(0), Cell::new(0));
+    for_all(mask_plans(dtypes), |plan| {
+        let feeds = plan.feeds();
+        let expected = plan.expected(&feeds);
+        let open = expected.iter().filter(|stays| stays.is_none()).count();
+        decided.set(decided.get() + expected.len() - open);
+        close.set(close.get() + open);
+        for (name, outputs) in outputs_of(backends, &scratch, &plan.model(&feeds), &feeds)? {
+            let mask = outputs.get("mask").expect("an output");
+            prop_assert!(mask.dtype() == DType::F32 && mask.shape() == expected.shape(), "{name}: {mask:?}");
+            for (at, &stays) in mask.to_f64().indexed_iter() {
+                prop_assert!(stays == 0.0 || stays == 1.0, "{name}: {stays} at {at:?}");
+                let expected = expected[&at].unwrap_or(stays);
+                prop_assert!(stays == expected, "{name}: {stays} for {expected} at {at:?}");
+            }
+        }
+        Ok(())
+    });
+    println!("{what}: {} connections, {} more too close for float32 to decide", decided.get(), close.get());
+}
+
+#[test]
+fn masks_agree() {
+    let (body, flat, kernels) = (ort(), tract(), kernels());
+    let backends: [(&str, &dyn Backend); 3] =
+        [("body", body.as_ref()), ("body in tract", flat.as_ref()), (KERNEL, kernels.as_ref())];
+    check_masks("masks", &[DType::F32, DType::F16], &backends);
+}
+
+#[test]
+fn masks_of_bfloat16_agree() {
+    let kernels = kernels();
+    check_masks("masks_bfloat16", &[DType::Bf16], &[(KERNEL, kernels.as_ref())]);
+}
+
+/// Pruning without its numbers.
+#[derive(Clone, Debug)]
+struct PruningPlan {
+    seed: u64,
+    batch: usize,
+    tokens: usize,
+    width: usize,
+    protect: usize,
+    suffix: usize,
+    keep: i64,
+    fuse: bool,
+    dtype: DType,
+    /// Scores that are copies of another, and scores that are no numbers, of every hundred.
+    copies: usize,
+    nan: usize,
+    sized: bool,
+    dynamic: bool,
+}
+
+fn pruning_plans(dtypes: &'static [DType]) -> impl Strategy<Value = PruningPlan> {
+    let tokens = prop_oneof![4 => 1..40usize, 1 => 40..210usize];
+    // None, all but one, all, and what is between, or, of the dynamic form, beyond.
+    let keep = prop_oneof![1 => Just(0.0), 1 => Just(0.999), 1 => Just(1.0), 5 => 0.0..=1.0f64];
+    let kind =
+        (prop::sample::select(dtypes), prop_oneof![Just(0), 0..60usize], prop_oneof![3 => Just(0), 1 => 0..20usize]);
+    let flavour = [any::<bool>(), any::<bool>(), any::<bool>()];
+    let shape = (1..4usize, tokens, 1..40usize, 0..6usize, 0..4usize);
+    (any::<u64>(), shape, keep, kind, flavour, -2..3i64).prop_map(|(seed, shape, keep, kind, flavour, beyond)| {
+        let (batch, tokens, width, protect, suffix) = shape;
+        let protect = protect.min(tokens - 1);
+        let suffix = suffix.min(tokens - 1 - protect);
+        let ([fuse, sized, dynamic], (dtype, copies, nan)) = (flavour, kind);
+        let candidates = tokens - protect - suffix;
+        let keep = (keep * candidates as f64) as i64;
+        let keep = match dynamic {
+            true if keep == 0 => keep + beyond.min(0),
+            true if keep == candidates as i64 => keep + beyond.max(0),
+            _ => keep,
+        };
+        PruningPlan { seed, batch, tokens, width, protect, suffix, keep, fuse, dtype, copies, nan, sized, dynamic }
+    })
+}
+
+impl PruningPlan {
+    fn case(&self) -> Pruning {
+        let mut noise = Noise(self.seed);
+        let PruningPlan { batch, tokens, width, protect, suffix, keep, fuse, .. } = *self;
+        let mut score = noise.tensor(DType::F32, &[batch, tokens]).to_f64();
+        for mut image in score.outer_iter_mut() {
+            for token in 0..tokens {
+                let chance = ((noise.next() + 1.0) * 50.0) as usize;
+                let other = ((noise.next() + 1.0) / 2.0 * tokens as f64) as usize;
+                if chance < self.copies {
+                    image[token] = image[other];
+                } else if chance < self.copies + self.nan {
+                    image[token] = f64::NAN;
+                }
+            }
+        }
+        let mut feeds = Feeds::default();
+        feeds.push("x", noise.tensor(self.dtype, &[batch, tokens, width]));
+        feeds.push("score", Tensor::from_f64(DType::F32, &score));
+        if self.sized {
+            let sizes = ArrayD::from_shape_simple_fn(IxDyn(&[batch, tokens, 1]), || (noise.next() * 4.0).abs().ceil());
+            feeds.push("size", Tensor::from_f64(DType::F32, &sizes));
+        }
+        Pruning { name: format!("{self:?}"), keep, tokens, protect, suffix, fuse, feeds }
+    }
+}
+
+/// TokenPrune and TokenPruneDynamic.
+fn check_prunings(what: &str, dtypes: &'static [DType], backends: &[(&str, &dyn Backend)]) {
+    let scratch = Scratch::new(what);
+    for_all(pruning_plans(dtypes), |plan| {
+        let case = plan.case();
+        let expected = case.expected();
+        for (name, outputs) in outputs_of(backends, &scratch, &case.model(17, plan.dynamic), &case.feeds)? {
+            let checked = expected.check(&outputs, tolerance(plan.dtype));
+            checked.map_err(|reason| TestCaseError::fail(format!("{name}: {reason}")))?;
+        }
+        Ok(())
+    });
+}
+
+/// All but the sum of what is fused, which is float32, copies: so bodies run in bfloat16 too.
+#[test]
+fn prunings_agree() {
+    let (body, kernels) = (ort(), kernels());
+    let dtypes = &[DType::F32, DType::F16, DType::Bf16];
+    check_prunings("prunings", dtypes, &[("body", body.as_ref()), (KERNEL, kernels.as_ref())]);
 }

@@ -5,6 +5,7 @@
 mod common;
 
 use common::ops::{Calls, Case, Expected, Reference, VALUE_TOLERANCE};
+use common::pruning::{Pruned, Pruning};
 use common::{Scratch, conclude, distance, integers, ort, run, runtimes, try_run, vector, vector_index};
 use ndarray::{ArrayD, Axis, IxDyn};
 use serde_json::Value as Json;
@@ -445,4 +446,318 @@ fn attention(opset: i64, scale: f32, values: &[usize]) -> Model {
         calls.output(name, value, DataType::F32, 4);
     }
     calls.model()
+}
+
+/// Ones, as sizes before any merge.
+fn ones(shape: [usize; 3]) -> Tensor {
+    Tensor::from_f64(DType::F32, &ArrayD::ones(IxDyn(&shape)))
+}
+
+/// Units of the attention level of Tri-Level E-ViT that have array `array`: their parameters and arrays.
+fn attention_level(array: &str) -> Vec<(String, Json, NamedTensors)> {
+    let index = vector_index();
+    let units = index["units"].as_array().expect("the index has units").iter();
+    let units = units.filter(|unit| unit["op"].as_str().is_some_and(|op| op.starts_with("trilevel.")));
+    let units = units.map(|unit| {
+        let file = unit["file"].as_str().expect("a file");
+        (file.to_owned(), unit["params"].clone(), vector(file))
+    });
+    units.filter(|(_, _, arrays)| arrays.get(array).is_some()).collect()
+}
+
+fn mask_of(arrays: &NamedTensors, name: &str) -> Tensor {
+    Tensor::from_f64(DType::F32, &arrays.get(name).expect("a mask").to_f64())
+}
+
+/// Every weight counts, that of closed connections too, which is 1e-9 or so: errors are relative to each.
+#[test]
+fn masked_softmax_is_the_oracles() {
+    let scratch = Scratch::new("masked_softmax");
+    let (mut count, mut failures) = (0, Vec::new());
+    for (file, params, arrays) in attention_level("in_logits") {
+        let scores = arrays.get("in_logits").expect("scores").clone();
+        let &[batch, _, _, keys] = scores.shape() else { panic!("{file}: scores of heads") };
+        let expected = arrays.get("out_probs").expect("weights").to_f64();
+        let eps = params["eps"].as_f64().expect("eps") as f32;
+        let mut feeds = Feeds::default();
+        feeds.push("scores", scores);
+        feeds.push("mask", mask_of(&arrays, "in_mask"));
+        feeds.push("size", ones([batch, keys, 1]));
+        for opset in OPSETS {
+            let mut calls = Calls::new(opset);
+            let inputs = [("scores", 4), ("mask", 3), ("size", 3)];
+            let inputs = inputs.map(|(name, rank)| calls.input(name, DataType::F32, rank));
+            let attributes = [("eps", Attribute::Float(eps)), ("dtype", Attribute::Int(1))];
+            let weights = calls.op_with("MaskedSoftmax", "softmax", &inputs, &attributes, 1)[0];
+            calls.output("weights", weights, DataType::F32, 4);
+            let path = scratch.save("masked_softmax", &calls.model());
+            for backend in runtimes() {
+                count += 1;
+                let outputs = run(backend.as_ref(), &path, &feeds);
+                let weights = outputs.get("weights").expect("an output").to_f64();
+                assert_eq!(weights.shape(), expected.shape());
+                let off = expected.iter().zip(&weights).map(|(a, b)| (a - b).abs() / a);
+                let off = off.fold(0.0, |worst: f64, off| if off <= worst { worst } else { off });
+                if off.is_nan() || off > VALUE_TOLERANCE {
+                    failures.push(format!("{file} in {}, opset {opset}: {off:e} off", backend.name()));
+                }
+            }
+        }
+    }
+    conclude("masked softmax", count, &failures);
+}
+
+/// The mask for the blocks behind one that prunes, in both forms; and with one more slot at the end that was made from
+/// scratch, which stays connected to all. Weights are those of the oracle, or made by `MaskedSoftmax` as in a model.
+#[test]
+fn connections_that_stay_are_the_oracles() {
+    use DataType::{F32, I64};
+    let scratch = Scratch::new("connections");
+    let (mut count, mut failures) = (0, Vec::new());
+    let units = attention_level("out_mask");
+    let of = |part: &str| units.iter().filter(|(file, ..)| file.contains(part)).count();
+    assert!(of("ties") > 0 && of("floor") > 0 && units.len() > 2, "a kind of vectors is missing");
+    for (file, params, arrays) in &units {
+        let kept = integers(arrays.get("out_kept").expect("kept patches"));
+        let mask = arrays.get("out_mask").expect("a mask").to_f64();
+        let (batch, patches) = (kept.shape()[0], kept.shape()[1]);
+        let ratio = params["attn_ratio"].as_f64().expect("a ratio");
+        let connections = (patches as f64 * ratio).ceil() as i64;
+        let scores = arrays.get("in_logits");
+        let weights = scores.or(arrays.get("in_probs")).expect("scores or weights").clone();
+        let tokens = weights.shape()[3];
+        for (opset, fresh) in OPSETS.into_iter().flat_map(|opset| [(opset, 0), (opset, 1)]) {
+            // The class token comes first.
+            let slots = 1 + patches + fresh;
+            let anchor = ArrayD::from_shape_fn(IxDyn(&[batch, slots]), |at| match at[1] {
+                0 => 0,
+                slot if slot <= patches => kept[[at[0], slot - 1]] + 1,
+                _ => -1,
+            });
+            let of_pair = |at: IxDyn| mask.get([at[0], at[1], at[2]]).copied().unwrap_or(1.0);
+            let expected = ArrayD::from_shape_fn(IxDyn(&[batch, slots, slots]), of_pair);
+            let mut feeds = Feeds::default();
+            let mut calls = Calls::new(opset);
+            feeds.push("weights", weights.clone());
+            feeds.push("anchor", Tensor::from(anchor));
+            let mut of_tokens = calls.input("weights", F32, 4);
+            let anchor = calls.input("anchor", I64, 2);
+            if scores.is_some() {
+                feeds.push("mask", mask_of(arrays, "in_mask"));
+                feeds.push("size", ones([batch, tokens, 1]));
+                let inputs = [of_tokens, calls.input("mask", F32, 3), calls.input("size", F32, 3)];
+                let attributes = [("eps", Attribute::Float(1e-6)), ("dtype", Attribute::Int(1))];
+                of_tokens = calls.op_with("MaskedSoftmax", "softmax", &inputs, &attributes, 1)[0];
+            }
+            let inputs = [of_tokens, anchor, calls.graph.tensor("count", vitrim_ir::Tensor::shape(&[connections]))];
+            let places = [("protect", 1), ("suffix", fresh as i64)];
+            let said = [("connections", connections), ("slots", slots as i64)];
+            let said = [&places[..], &said].concat();
+            let forms = [
+                ("static", calls.op("ConnectionMask", "said", &inputs[..2], &said, 1)[0]),
+                ("dynamic", calls.op("ConnectionMaskDynamic", "found", &inputs, &places, 1)[0]),
+            ];
+            for (form, mask) in forms {
+                calls.output(form, mask, F32, 3);
+            }
+            let path = scratch.save("connections", &calls.model());
+            for (backend, (form, _)) in runtimes().iter().flat_map(|backend| forms.map(|form| (backend, form))) {
+                count += 1;
+                let outputs = run(backend.as_ref(), &path, &feeds);
+                let mask = outputs.get(form).expect("an output");
+                if mask.dtype() != DType::F32 || mask.to_f64() != expected {
+                    failures.push(format!("{file} in {}, {form}, {fresh} fresh, opset {opset}", backend.name()));
+                }
+            }
+        }
+    }
+    conclude("connections", count, &failures);
+}
+
+/// What a score that is not finite does to its row, and a weight that is no number to its connection, is the same
+/// everywhere.
+#[test]
+fn what_is_not_finite_is_the_same_in_masks() {
+    use DataType::{F32, I64};
+    let scratch = Scratch::new("not_finite_masks");
+    let (mut count, mut failures) = (0, Vec::new());
+    let mut calls = Calls::new(17);
+    let inputs = [("scores", 4), ("mask", 3), ("size", 3)].map(|(name, rank)| calls.input(name, F32, rank));
+    let attributes = [("eps", Attribute::Float(1e-6)), ("dtype", Attribute::Int(1))];
+    let weights = calls.op_with("MaskedSoftmax", "softmax", &inputs, &attributes, 1)[0];
+    calls.output("weights", weights, F32, 4);
+    let inputs = [calls.input("attention", F32, 4), calls.input("anchor", I64, 2)];
+    let said = [("connections", 2), ("slots", 20), ("protect", 0), ("suffix", 0)];
+    let mask = calls.op("ConnectionMask", "connections", &inputs, &said, 1)[0];
+    calls.output("stays", mask, F32, 3);
+    let path = scratch.save("not_finite", &calls.model());
+
+    let attention = numbers([2 * 20, 20, 1], 3).into_shape_with_order(IxDyn(&[1, 2, 20, 20])).expect("as many");
+    for (value, whole_row, ruined) in [
+        (f64::NAN, false, true),
+        (f64::INFINITY, false, true),
+        (f64::NEG_INFINITY, false, false),
+        (f64::NEG_INFINITY, true, false),
+    ] {
+        for (column, open) in [(0, 1.0), (0, 0.0), (19, 1.0), (19, 0.0)] {
+            let mut scores = attention.clone();
+            let mut mask = ArrayD::ones(IxDyn(&[1, 20, 20]));
+            mask[[0, 3, column]] = open;
+            let mut weights = attention.mapv(f64::abs);
+            for at in if whole_row { 0..20 } else { column..column + 1 } {
+                scores[[0, 0, 3, at]] = value;
+                weights[[0, 1, 3, at]] = f64::NAN;
+            }
+            let feeds: Feeds = [("scores", scores), ("mask", mask), ("attention", weights)]
+                .map(|(name, array)| (name.to_owned(), Tensor::from_f64(DType::F32, &array)))
+                .into_iter()
+                .chain([("size".to_owned(), ones([1, 20, 1]))])
+                .chain([("anchor".to_owned(), Tensor::from_vec(&[1, 20], (0..20i64).collect()).expect("a row"))])
+                .collect();
+            for backend in runtimes() {
+                count += 1;
+                let outputs = run(backend.as_ref(), &path, &feeds);
+                let get = |name: &str| outputs.get(name).expect("an output").to_f64();
+                let (weights, stays) = (get("weights"), get("stays"));
+                let in_row = |head: usize, query: usize| ruined && (head, query) == (0, 3);
+                let rows = weights.indexed_iter().all(|(at, weight)| weight.is_nan() == in_row(at[1], at[2]));
+                let uniform = weights.slice(ndarray::s![0, 0, 3, ..]).iter().all(|weight| (weight - 0.05).abs() < 1e-6);
+                let rows = rows && (uniform || !whole_row);
+                // Beside one that is no number, one of the others stays.
+                let row = stays.index_axis(Axis(0), 0).index_axis_move(Axis(0), 3);
+                let connections = row[[column]] == 1.0 && row.sum() == if whole_row { 20.0 } else { 2.0 };
+                if !(rows && connections) {
+                    let what = format!("rows are as they must be: {rows}; connections are: {connections}");
+                    failures.push(format!("{}, {value}, column {column}, open {open}: {what}", backend.name()));
+                }
+            }
+        }
+    }
+    conclude("not finite", count, &failures);
+}
+
+/// The prunings of the index, with what the oracle makes of them: EViT's with scores, Tri-Level's with the attention that
+/// they come of. Where nothing is dropped the oracle's EViT leaves the tokens as they are, and there is none of it.
+fn prunings() -> Vec<(Pruning, Option<Pruned>)> {
+    let index = vector_index();
+    let units = index["units"].as_array().expect("the index has units");
+    let of = |unit: &&Json| {
+        ["evit.reorganize", "trilevel.prune", "trilevel.prune_from_probs"].iter().any(|op| unit["op"] == *op)
+    };
+    units.iter().filter(of).map(|unit| read_pruning(unit, vector(unit["file"].as_str().expect("a file")))).collect()
+}
+
+fn read_pruning(unit: &Json, arrays: NamedTensors) -> (Pruning, Option<Pruned>) {
+    let name = unit["file"].as_str().expect("a file").to_owned();
+    // Every case must be decidable: by a margin, which is relative, or by ties that are exact.
+    assert!(unit["margin"].as_f64().is_none_or(|margin| margin > MARGIN), "{name} is too close to call");
+    let get = |name: &str| arrays.get(name).map(Tensor::to_f64);
+    // Attention of the class token to all patches, averaged over heads.
+    let class_attention = |probs: ArrayD<f64>| {
+        let mean = probs.mean_axis(Axis(1)).expect("heads").index_axis_move(Axis(1), 0);
+        mean.slice_axis(Axis(1), (1..).into()).to_owned()
+    };
+    let patches = get("in_score").or_else(|| get("out_class_attention"));
+    let patches = patches.or_else(|| get("in_probs").map(class_attention)).expect("scores of patches");
+    let (batch, n) = (patches.shape()[0], patches.shape()[1]);
+    // The class token is no candidate, whatever its score.
+    let score = ArrayD::from_shape_fn(IxDyn(&[batch, n + 1]), |at| match at[1] {
+        0 => f64::INFINITY,
+        patch => patches[[at[0], patch - 1]],
+    });
+    // Where the vectors have no tokens, any will do.
+    let x = get("in_x").unwrap_or_else(|| numbers([batch, n + 1, 3], 7));
+    let sizes = numbers([batch, n + 1, 1], 8).mapv(|x| (x * 4.0).trunc().abs() + 1.0);
+    let feeds = [("x", &x), ("score", &score), ("size", &sizes)]
+        .map(|(name, array)| (name.to_owned(), Tensor::from_f64(DType::F32, array)))
+        .into_iter()
+        .collect();
+
+    let indices = |name: &str| arrays.get(name).map(integers);
+    let params = &unit["params"];
+    let anchor = indices("out_anchor").or_else(|| {
+        let kept = indices("out_kept")?;
+        let class = ArrayD::zeros(IxDyn(&[batch, 1]));
+        Some(ndarray::concatenate(Axis(1), &[class.view(), (kept + 1).view()]).expect("rows of one length"))
+    });
+    let fuse = params["fuse"].as_bool().unwrap_or(false);
+    let keep = match &anchor {
+        Some(anchor) => anchor.shape()[1] - 1 - usize::from(fuse),
+        None => n,
+    };
+    let ratio = params["keep_rate"].as_f64().or(params["ratio"].as_f64()).expect("a ratio");
+    assert_eq!(keep, (n as f64 * ratio).ceil() as usize, "{name}");
+    let expected = anchor.map(|anchor| {
+        let slots = || anchor.indexed_iter().map(|(at, &token)| (at[0], at[1], token as usize));
+        let gathered = |of: &ArrayD<f64>, none: f64| {
+            ArrayD::from_shape_fn(IxDyn(&[batch, anchor.shape()[1], of.shape()[2]]), |at| {
+                let token = anchor[[at[0], at[1]]];
+                if token < 0 { none } else { of[[at[0], token as usize, at[2]]] }
+            })
+        };
+        let assign = indices("out_assign").unwrap_or_else(|| {
+            let mut assign = ArrayD::from_elem(IxDyn(&[batch, n + 1]), -1);
+            slots().for_each(|(image, slot, token)| assign[[image, token]] = slot as i64);
+            assign
+        });
+        // Where the vectors have tokens, what becomes of them is the oracle's.
+        let y = get("out_x").unwrap_or_else(|| gathered(&x, f64::NAN));
+        Pruned { y, size: gathered(&sizes, 1.0), anchor: anchor.clone(), assign }
+    });
+    let keep = keep as i64;
+    (Pruning { name, keep, tokens: n + 1, protect: 1, suffix: 0, fuse, feeds }, expected)
+}
+
+/// Runs every pruning in every runtime, form and opset.
+fn check_prunings(what: &str, cases: &[(Pruning, Option<Pruned>)]) {
+    let scratch = Scratch::new(what);
+    let (mut count, mut failures) = (0, Vec::new());
+    for backend in runtimes() {
+        for (case, expected) in cases {
+            for (opset, dynamic) in OPSETS.into_iter().flat_map(|opset| [(opset, false), (opset, true)]) {
+                let path = scratch.save("prune", &case.model(opset, dynamic));
+                count += 1;
+                let checked = try_run(backend.as_ref(), &path, &case.feeds).and_then(|outputs| match expected {
+                    Some(expected) => expected.check(&outputs, VALUE_TOLERANCE),
+                    None => Pruned::check_permuted(&outputs, &case.feeds.get("x").expect("it is fed").to_f64()),
+                });
+                if let Err(reason) = checked {
+                    let form = if dynamic { "dynamic" } else { "static" };
+                    failures.push(format!("{} in {}, {form}, opset {opset}: {reason}", case.name, backend.name()));
+                }
+            }
+        }
+    }
+    conclude(what, count, &failures);
+}
+
+#[test]
+fn pruning_is_what_the_oracle_says() {
+    let cases = prunings();
+    let of = |part: &str| cases.iter().filter(|(case, _)| case.name.contains(part)).count();
+    assert!(of("evit") >= 6 && of("trilevel") >= 8 && of("ties") >= 2, "a kind of vectors is missing");
+    assert!(cases.iter().any(|(_, expected)| expected.is_none()), "a kind of vectors is missing");
+    check_prunings("pruning", &cases);
+}
+
+#[test]
+fn pruning_at_its_limits_is_what_it_says() {
+    // k, tokens, protect, suffix: none kept, all kept, none protected, tokens at the end; and no candidates at all.
+    let shapes = [(0, 9, 1, 0), (8, 9, 1, 0), (3, 9, 0, 0), (4, 12, 2, 3), (0, 12, 0, 12), (0, 7, 3, 3), (0, 6, 2, 4)];
+    let cases = shapes.into_iter().flat_map(|(keep, tokens, protect, suffix)| {
+        [false, true].map(|fuse| {
+            let mut score = numbers([2, tokens, 1], 3).index_axis_move(Axis(2), 0);
+            // Ties, and scores that are no numbers.
+            score[[0, tokens - 1]] = score[[0, 0]];
+            score[[1, tokens / 2]] = f64::NAN;
+            let feeds = [("x", numbers([2, tokens, 6], 4)), ("score", score)];
+            let feeds = feeds.map(|(name, array)| (name.to_owned(), Tensor::from_f64(DType::F32, &array)));
+            let name = format!("{keep} of {tokens}, protect {protect}, suffix {suffix}, fuse {fuse}");
+            let feeds = feeds.into_iter().collect();
+            let case = Pruning { name, keep, tokens, protect, suffix, fuse, feeds };
+            let expected = case.expected();
+            (case, Some(expected))
+        })
+    });
+    check_prunings("pruning limits", &cases.collect::<Vec<_>>());
 }

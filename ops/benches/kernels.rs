@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use vitrim_ops::Heads;
 use vitrim_ops::cpu::Serial;
-use vitrim_ops::{attention, token_merge};
+use vitrim_ops::{attention, connection_mask, masked_softmax, token_merge, token_prune, token_score};
 
 const ROUNDS: usize = 31;
 /// The name of what the others are compared with.
@@ -63,6 +63,28 @@ fn main() {
         let name = format!("merge B={batch} N={tokens} C={channels} r={r} d=64");
         if chosen(&name) {
             cases.push(merge(name, batch, tokens, channels, r));
+        }
+    }
+    for (batch, heads, tokens) in [(8, 6, 197), (1, 12, 197), (1, 16, 577)] {
+        let name = format!("masked softmax B={batch} H={heads} N={tokens}");
+        if chosen(&name) {
+            cases.push(softmax(name, batch, heads, tokens));
+        }
+        let name = format!("connection mask B={batch} H={heads} N={tokens}");
+        if chosen(&name) {
+            cases.push(mask(name, batch, heads, tokens));
+        }
+    }
+    for (batch, heads, tokens, first) in [(8, 6, 197, 1), (1, 16, 577, 1), (8, 6, 197, 197), (1, 16, 577, 577)] {
+        let name = format!("score B={batch} H={heads} N={tokens} queries={first} d=64");
+        if chosen(&name) {
+            cases.push(score(name, batch, heads, tokens, first));
+        }
+    }
+    for (batch, tokens, channels, keep) in [(8, 197, 384, 137), (1, 197, 768, 137), (1, 577, 1024, 403)] {
+        let name = format!("prune B={batch} N={tokens} C={channels} k={keep}");
+        if chosen(&name) {
+            cases.push(prune(name, batch, tokens, channels, keep));
         }
     }
     for _ in 0..ROUNDS {
@@ -125,6 +147,70 @@ fn merge(name: String, batch: usize, tokens: usize, channels: usize, r: usize) -
             into: &mut into,
         };
         token_merge::cpu::token_merge(&problem, inputs, outputs, &mut scratch, &Serial).expect("a sound problem");
+        black_box(&y);
+    })
+}
+
+/// Weights of attention half of whose connections are closed. An exponential counts as ten operations.
+fn softmax(name: String, batch: usize, heads: usize, tokens: usize) -> Case<'static> {
+    let eps = masked_softmax::EPSILON;
+    let problem = masked_softmax::cpu::Problem { batch, heads, queries: tokens, keys: tokens, eps };
+    let scores = noise(batch * heads * tokens * tokens);
+    let mask: Vec<f32> = noise(batch * tokens * tokens).iter().map(|x| f32::from(*x > 0.0)).collect();
+    let size = vec![1.0; batch * tokens];
+    let mut weights = vec![0.0; scores.len()];
+    let mut scratch = vec![0.0; problem.scratch_len(1)];
+    Case::new(name, 10 * scores.len(), move || {
+        let inputs = masked_softmax::cpu::Inputs { scores: &scores, mask: &mask, size: &size };
+        masked_softmax::cpu::masked_softmax(&problem, inputs, &mut weights, 1, &mut scratch, &Serial)
+            .expect("a sound problem");
+        black_box(&weights);
+    })
+}
+
+/// The mask behind a block that keeps 0.7 of the patches, and 0.3 of their connections. Only sums of heads count.
+fn mask(name: String, batch: usize, heads: usize, tokens: usize) -> Case<'static> {
+    let slots = 1 + (tokens - 1) * 7 / 10;
+    let (connections, protect, suffix) = ((slots - 1) * 3 / 10, 1, 0);
+    let problem = connection_mask::Problem { batch, heads, tokens, slots, connections, protect, suffix };
+    let weights = noise(batch * heads * tokens * tokens);
+    let anchor: Vec<i64> = (0..batch * slots).map(|at| (at % slots * 10 / 7) as i64).collect();
+    let mut mask = vec![0.0; batch * slots * slots];
+    let mut scratch = vec![0.0; problem.scratch_len(1)];
+    Case::new(name, batch * heads * slots * tokens, move || {
+        connection_mask::cpu::connection_mask(&problem, &weights, &anchor, &mut mask, 1, &mut scratch, &Serial)
+            .expect("a sound problem");
+        black_box(&mask);
+    })
+}
+
+/// The attention that tokens receive, of heads in a packed projection.
+fn score(name: String, batch: usize, heads: usize, tokens: usize, first: usize) -> Case<'static> {
+    let (head_dim, channels) = (64, heads * 64);
+    let at = |at| Heads { width: 3 * channels, at, heads, head_dim };
+    let (q, k) = (at(0), at(channels));
+    let problem = token_score::Problem { batch, queries: tokens, keys: tokens, q, k, scale: 0.125, first };
+    let (qkv, size) = (noise(batch * tokens * 3 * channels), vec![1.0; batch * tokens]);
+    let (mut score, mut scratch) = (vec![0.0; batch * tokens], vec![0.0; problem.scratch_len(1)]);
+    Case::new(name, 2 * batch * heads * first * tokens * head_dim, move || {
+        let inputs = token_score::cpu::Inputs { q: &qkv, k: &qkv, size: &size };
+        token_score::cpu::token_score(&problem, inputs, &mut score, 1, &mut scratch, &Serial).expect("a sound problem");
+        black_box(&score);
+    })
+}
+
+/// Pruning and fusing. Only the sum of what is fused counts as operations.
+fn prune(name: String, batch: usize, tokens: usize, channels: usize, keep: usize) -> Case<'static> {
+    let problem = token_prune::Problem { batch, tokens, channels, keep, protect: 1, suffix: 0, fuse: true };
+    let slots = problem.slots().expect("a sound problem");
+    let (x, scores, size) = (noise(batch * tokens * channels), noise(batch * tokens), vec![1.0; batch * tokens]);
+    let (mut y, mut size_out) = (vec![0.0; batch * slots * channels], vec![0.0; batch * slots]);
+    let [mut anchor, mut assign] = [slots, tokens].map(|len| vec![0; batch * len]);
+    Case::new(name, 2 * batch * (tokens - 1 - keep) * channels, move || {
+        let inputs = token_prune::cpu::Inputs { x: &x, score: &scores, size: &size };
+        let outputs =
+            token_prune::cpu::Outputs { y: &mut y, size: &mut size_out, anchor: &mut anchor, assign: &mut assign };
+        token_prune::cpu::token_prune(&problem, inputs, outputs, &Serial).expect("a sound problem");
         black_box(&y);
     })
 }

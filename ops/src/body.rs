@@ -37,6 +37,13 @@ impl Body {
         self.graph.op(name, hint, inputs, attributes)
     }
 
+    /// The extent of axis 1 of `value`, as `[1]`.
+    pub fn extent(&mut self, value: ValueId, hint: &str) -> ValueId {
+        let shape = self.op("Shape", &format!("{hint}_shape"), &[value]);
+        let (one, two) = (self.ints(&format!("{hint}_from"), &[1]), self.ints(&format!("{hint}_to"), &[2]));
+        self.slice(shape, one, two, 0, 1, hint)
+    }
+
     /// The function's integer attribute `name`, as `[1]`.
     pub fn attribute(&mut self, name: &str) -> ValueId {
         let reference = Attribute::Ref(name.into(), attribute_type::INT);
@@ -84,6 +91,21 @@ impl Body {
         self.op("Reshape", &format!("{hint}_heads"), &[window, target])
     }
 
+    /// [`Self::heads`], permuted.
+    pub fn heads_permuted(
+        &mut self,
+        x: ValueId,
+        at: ValueId,
+        heads: ValueId,
+        head_dim: ValueId,
+        perm: [i64; 4],
+        hint: &str,
+    ) -> ValueId {
+        let heads = self.heads(x, at, heads, head_dim, hint);
+        let perm = ("perm", Attribute::Ints(perm.to_vec()));
+        self.op_with("Transpose", &format!("{hint}_of_heads"), &[heads], &[perm])
+    }
+
     /// Every `step`-th entry of `axis` from `start` to before `end`.
     pub fn slice(&mut self, value: ValueId, start: ValueId, end: ValueId, axis: i64, step: i64, hint: &str) -> ValueId {
         let axis = self.ints(&format!("{hint}_axis"), &[axis]);
@@ -99,18 +121,18 @@ impl Body {
 
     /// The largest entry along the last axis, which goes away.
     pub fn max_last(&mut self, value: ValueId, hint: &str) -> ValueId {
-        let largest = self.reduce("ReduceMax", value, -1, 1, &format!("{hint}_kept"));
+        let largest = self.reduce("ReduceMax", value, &[-1], 1, &format!("{hint}_kept"));
         self.squeeze_last(largest, hint)
     }
 
-    /// A reduction over `axis`, whose axes are an input from operator set 18 on.
-    pub fn reduce(&mut self, name: &str, value: ValueId, axis: i64, keep: i64, hint: &str) -> ValueId {
+    /// A reduction over `axes`, which are an input from operator set 18 on.
+    pub fn reduce(&mut self, name: &str, value: ValueId, axes: &[i64], keep: i64, hint: &str) -> ValueId {
         let keep = ("keepdims", Attribute::Int(keep));
         if self.opset >= 18 {
-            let axes = self.ints(&format!("{hint}_axes"), &[axis]);
+            let axes = self.ints(&format!("{hint}_axes"), axes);
             self.op_with(name, hint, &[value, axes], &[keep])
         } else {
-            self.op_with(name, hint, &[value], &[("axes", Attribute::Ints(vec![axis])), keep])
+            self.op_with(name, hint, &[value], &[("axes", Attribute::Ints(axes.to_vec())), keep])
         }
     }
 
@@ -128,11 +150,32 @@ impl Body {
         self.op("Squeeze", hint, &[value, axes])
     }
 
+    /// A zero for each image, `[B, 1]`: of `size`, `[B, N, 1]`, the largest of one number is the first.
+    pub fn zero_per_image(&mut self, size: ValueId) -> ValueId {
+        let (zero, one) = (self.ints("first_from", &[0]), self.ints("first_to", &[1]));
+        let first = self.slice(size, zero, one, 1, 1, "first_size");
+        self.argmax_last(first, "zero_per_image")
+    }
+
+    /// Each image's copy of some positions `[K]`: `[B, K]`, given a [zero](Self::zero_per_image) for each.
+    pub fn per_image(&mut self, zero: ValueId, positions: ValueId, hint: &str) -> ValueId {
+        // The larger of zero and a position is the position. Not a sum: ONNX Runtime up to 1.20 takes adding an empty
+        // row for adding nothing, and loses the change of shape.
+        self.op("Max", hint, &[zero, positions])
+    }
+
     /// Positions along axis 1 in falling (or rising) order of value, the lowest position first among equals.
     pub fn argsort(&mut self, value: ValueId, count: ValueId, falling: bool, hint: &str) -> ValueId {
         let attributes = [("axis", Attribute::Int(1)), ("largest", Attribute::Int(falling.into()))];
         let inputs = vec![Some(value), Some(count)];
         self.graph.call(OpType::standard("TopK"), hint, inputs, &attributes, 2)[1]
+    }
+
+    /// The `count` largest values along the last axis, in falling order.
+    pub fn largest_last(&mut self, value: ValueId, count: ValueId, hint: &str) -> ValueId {
+        let attributes = [("axis", Attribute::Int(-1))];
+        let inputs = vec![Some(value), Some(count)];
+        self.graph.call(OpType::standard("TopK"), hint, inputs, &attributes, 2)[0]
     }
 
     /// `[0, 1, …, count - 1]` for a `count` of shape `[1]`.

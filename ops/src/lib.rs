@@ -4,7 +4,8 @@
 //! runtime that has a native kernel of the same name uses that instead. One folder per operator; [`DEFS`] lists them.
 //!
 //! Everything follows from one concept, the *grouping* of N tokens to M slots: `anchor` `[B, M]` names the token that
-//! each slot keeps the place of, `assign` `[B, N]` the slot of each token.
+//! each slot keeps the place of (−1 for a slot made from scratch), `assign` `[B, N]` the slot of each token (−1 for one
+//! that is dropped).
 //!
 //! In each folder: `mod.rs` says what the operator is, `body.rs` means it (feature `bodies`), `cpu.rs` and `cuda.rs` are
 //! kernels (features `cpu`, `cuda`).
@@ -13,15 +14,19 @@
 pub mod attention;
 #[cfg(feature = "bodies")]
 mod body;
+pub mod connection_mask;
 #[cfg(feature = "cpu")]
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod heads;
+pub mod masked_softmax;
 pub mod token_assign;
 pub mod token_mean;
 pub mod token_merge;
+pub mod token_prune;
 pub mod token_restore;
+pub mod token_score;
 pub mod token_size;
 
 #[cfg(feature = "bodies")]
@@ -30,10 +35,14 @@ use vitrim_ir::{Function, OpType};
 #[cfg(feature = "bodies")]
 pub use self::{
     attention::{Attention, ProportionalAttention},
+    connection_mask::{ConnectionMask, ConnectionMaskDynamic},
+    masked_softmax::MaskedSoftmax,
     token_assign::TokenAssign,
     token_mean::TokenMean,
     token_merge::{TokenMerge, TokenMergeDynamic},
+    token_prune::{TokenPrune, TokenPruneDynamic},
     token_restore::TokenRestore,
+    token_score::TokenScore,
     token_size::TokenSize,
 };
 
@@ -72,4 +81,10 @@ pub static DEFS: &[&dyn OpDef] = &[
     &TokenMean,
     &Attention,
     &ProportionalAttention,
+    &ConnectionMask,
+    &ConnectionMaskDynamic,
+    &MaskedSoftmax,
+    &TokenScore,
+    &TokenPrune,
+    &TokenPruneDynamic,
 ];

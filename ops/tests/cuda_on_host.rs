@@ -22,7 +22,10 @@ use half::{bf16, f16};
 use libloading::Library;
 use vitrim_ops::Heads;
 use vitrim_ops::cuda::{Arguments, Device, Dtype, Launch};
-use vitrim_ops::{attention, token_assign, token_mean, token_merge, token_restore, token_size};
+use vitrim_ops::{
+    attention, connection_mask, masked_softmax, token_assign, token_mean, token_merge, token_prune, token_restore,
+    token_score, token_size,
+};
 
 // ---------------------------------------------------------------------------------------------------- compiled kernels
 
@@ -853,6 +856,459 @@ fn size() {
         kernels.run(token_size::cuda::launches(count, size.at()).expect("the problem is fine"), 0);
         assert_eq!(size.to_floats(Dtype::F32), vec![1.0; count]);
     }
+}
+
+// ----------------------------------------------------------------------------------------------------- attention level
+
+#[test]
+fn masked_softmax() {
+    let Some(kernels) = Kernels::of("masked_softmax", 80) else { return };
+    let mut random = Random(4);
+    for seed in 0..samples(90) {
+        let dtype = random.of(&DTYPES);
+        let (batch, heads) = (1 + random.below(3), 1 + random.below(4));
+        let (queries, keys) = random.of(&[(1, 1), (7, 3), (50, 50), (3, 33), (65, 64), (2, 577)]);
+        let eps = random.of(&[masked_softmax::EPSILON, masked_softmax::EPSILON, 1e-3]);
+        let scores = random.values(batch * heads * queries * keys).iter().map(|score| 8.0 * score).collect();
+        let scores = rounded(scores, dtype);
+        let closed = random.of(&[0, 30, 70, 100]);
+        let mask: Vec<f64> = (0..batch * queries * keys).map(|_| (random.below(100) >= closed).into()).collect();
+        let size = random.sizes(batch * keys);
+        let skipped = if seed.is_multiple_of(3) { dtype.bytes() } else { 0 };
+        let of_scores = Buffer::with_skipped(&encode(&scores, dtype), skipped);
+        let (of_mask, of_size) = (Buffer::floats(&mask, Dtype::F32), Buffer::floats(&size, Dtype::F32));
+        let problem = masked_softmax::cuda::Problem { batch, heads, queries, keys, eps, dtype };
+        let weights = in_all_orders(3, |order| {
+            let weights = Buffer::output(scores.len() * dtype.bytes());
+            let tensors = masked_softmax::cuda::Tensors {
+                scores: of_scores.at(),
+                mask: of_mask.at(),
+                size: of_size.at(),
+                weights: weights.at(),
+            };
+            kernels.run(masked_softmax::cuda::launches(&problem, &tensors).expect("the problem is fine"), order);
+            weights.to_floats(dtype)
+        });
+        for (row, (weights, scores)) in weights.chunks(keys).zip(scores.chunks(keys)).enumerate() {
+            let (image, query) = (row / queries / heads, row % queries);
+            let mask = &mask[(image * queries + query) * keys..][..keys];
+            let size = &size[image * keys..][..keys];
+            let sized: Vec<f64> = scores.iter().zip(size).map(|(score, size)| score + size.ln()).collect();
+            let peak = sized.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let open: Vec<f64> = sized.iter().zip(mask).map(|(score, open)| (score - peak).exp() * open).collect();
+            let (total, eps) = (open.iter().sum::<f64>(), f64::from(eps));
+            for ((open, found), is_open) in open.iter().zip(weights).zip(mask) {
+                let expected = (open + eps / keys as f64) / (total + eps);
+                // Exponents of 24 are off by as many times 6e-8; float16 has nothing below 2⁻²⁴.
+                let lost = if dtype == Dtype::F16 { 2f64.powi(-25) } else { 0.0 };
+                let off = (found - expected).abs();
+                assert!(off <= (unit(dtype) + 4e-6) * expected + lost, "{problem:?}: {found}, not {expected}");
+                let first = weights[mask.iter().position(|open| open == is_open).expect("itself")];
+                // `ConnectionMask` compares them.
+                assert!(*is_open == 1.0 || *found == first, "{problem:?}: two floors, {found} and {first}");
+            }
+        }
+    }
+}
+
+#[test]
+fn masked_softmax_of_what_is_not_finite() {
+    let Some(kernels) = Kernels::of("masked_softmax", 80) else { return };
+    let ones = Buffer::floats(&[1.0; 3 * 40], Dtype::F32);
+    let problem = masked_softmax::cuda::Problem {
+        batch: 1,
+        heads: 1,
+        queries: 3,
+        keys: 40,
+        eps: masked_softmax::EPSILON,
+        dtype: Dtype::F32,
+    };
+    for (value, count, ruins) in
+        [(f64::NAN, 1, true), (f64::INFINITY, 1, true), (f64::NEG_INFINITY, 1, false), (f64::NEG_INFINITY, 40, false)]
+    {
+        // In the second row.
+        let mut scores = vec![0.5; 3 * 40];
+        scores[79 - (count - 1)..80].fill(value);
+        let (scores, weights) = (Buffer::floats(&scores, Dtype::F32), Buffer::output(3 * 40 * 4));
+        let tensors = masked_softmax::cuda::Tensors {
+            scores: scores.at(),
+            mask: ones.at(),
+            size: ones.at(),
+            weights: weights.at(),
+        };
+        kernels.run(masked_softmax::cuda::launches(&problem, &tensors).expect("the problem is fine"), 0);
+        for (at, weight) in weights.to_floats(Dtype::F32).into_iter().enumerate() {
+            assert_eq!(weight.is_nan(), ruins && at / 40 == 1, "{count} times {value}: {weight} in {at}");
+            let uniform = count == 40 && at / 40 == 1;
+            assert!(!uniform || (weight * 40.0 - 1.0).abs() < 1e-6, "{weight} in {at}");
+        }
+    }
+    let tensors = masked_softmax::cuda::Tensors { scores: 0, mask: 0, size: 0, weights: 0 };
+    let fails = |problem| masked_softmax::cuda::launches(&problem, &tensors).is_err();
+    assert!(!fails(problem));
+    assert!(fails(masked_softmax::cuda::Problem { eps: -1.0, ..problem }));
+    assert!(fails(masked_softmax::cuda::Problem { eps: f32::NAN, ..problem }));
+    assert!(fails(masked_softmax::cuda::Problem { keys: 1 << 32, ..problem }));
+}
+
+#[test]
+fn mask_of_connections() {
+    let Some(kernels) = Kernels::of("connection_mask", 80) else { return };
+    let mut random = Random(5);
+    for seed in 0..samples(120) {
+        let dtype = random.of(&DTYPES);
+        let (batch, tokens) = (1 + random.below(3), random.of(&[1, 6, 33, 50, 101]));
+        let (protect, suffix) = (random.below(3), random.below(3));
+        let free = random.of(&[0, 1, tokens / 3, tokens]).min(tokens);
+        let slots = protect + free + suffix;
+        // Means of one, two, four or eight small multiples of 1/16 are exact, and often equal.
+        let heads = random.of(&[1, 2, 4, 8]);
+        let weights: Vec<f64> = (0..batch * heads * tokens * tokens).map(|_| random.below(16) as f64 / 16.0).collect();
+        let nan = random.below(4) == 0;
+        let weights: Vec<f64> =
+            weights.into_iter().map(|weight| if nan && random.below(20) == 0 { f64::NAN } else { weight }).collect();
+        let anchor: Vec<i64> = (0..batch * slots)
+            .map(|at| if (protect..protect + free).contains(&(at % slots)) { random.below(tokens) as i64 } else { -1 })
+            .collect();
+        let connections = random.of(&[0, 1, free / 4, free / 2, free, free + 3]);
+        let problem = connection_mask::Problem { batch, heads, tokens, slots, connections, protect, suffix };
+        let skipped = if seed.is_multiple_of(3) { dtype.bytes() } else { 0 };
+        let of_weights = Buffer::with_skipped(&encode(&weights, dtype), skipped);
+        let of_anchor = Buffer::ints(anchor.iter().copied());
+        let mask = in_all_orders(3, |order| {
+            let mask = Buffer::output(batch * slots * slots * 4);
+            let tensors =
+                connection_mask::cuda::Tensors { weights: of_weights.at(), anchor: of_anchor.at(), mask: mask.at() };
+            let launches = connection_mask::cuda::launches(&problem, dtype, &tensors).expect("the problem is fine");
+            kernels.run(launches, order);
+            mask.to_floats(Dtype::F32)
+        });
+        for (at, stays) in mask.into_iter().enumerate() {
+            let (image, row, column) = (at / slots / slots, at / slots % slots, at % slots);
+            let compared = protect..protect + free;
+            let token = |slot: usize| anchor[image * slots + slot] as usize;
+            let strength = |column: usize| {
+                let sum: f64 = (0..heads)
+                    .map(|head| weights[((image * heads + head) * tokens + token(row)) * tokens + token(column)])
+                    .sum();
+                // NaN above all.
+                if sum.is_nan() { f64::INFINITY } else { sum }
+            };
+            let expected = !compared.contains(&row) || !compared.contains(&column) || {
+                let own = strength(column);
+                compared.filter(|&other| strength(other) > own).count() < connections.max(1)
+            };
+            assert_eq!(stays, f64::from(expected), "{problem:?}: row {row}, column {column} of image {image}");
+        }
+    }
+}
+
+/// On a GPU nothing is refused for what it holds: connections of what is no token are the weakest.
+#[test]
+fn mask_of_slots_without_tokens() {
+    let Some(kernels) = Kernels::of("connection_mask", 80) else { return };
+    let problem =
+        connection_mask::Problem { batch: 1, heads: 2, tokens: 3, slots: 4, connections: 2, protect: 0, suffix: 0 };
+    let weights = Buffer::floats(&[0.5; 2 * 9], Dtype::F32);
+    for none in [-1, 3, i64::MAX, i64::MIN] {
+        let (anchor, mask) = (Buffer::ints([0, none, 1, 2]), Buffer::output(16 * 4));
+        let tensors = connection_mask::cuda::Tensors { weights: weights.at(), anchor: anchor.at(), mask: mask.at() };
+        kernels.run(connection_mask::cuda::launches(&problem, Dtype::F32, &tensors).expect("all is fine"), 0);
+        let open = [1.0, 0.0, 1.0, 1.0];
+        assert_eq!(mask.to_floats(Dtype::F32), [open, [1.0; 4], open, open].concat(), "{none}");
+    }
+    let tensors = connection_mask::cuda::Tensors { weights: 0, anchor: 0, mask: 0 };
+    let fails = |problem| connection_mask::cuda::launches(&problem, Dtype::F32, &tensors).is_err();
+    assert!(!fails(problem));
+    assert!(fails(connection_mask::Problem { protect: 3, suffix: 2, ..problem }));
+    assert!(fails(connection_mask::Problem { suffix: usize::MAX, ..problem }));
+    assert!(fails(connection_mask::Problem { heads: 0, ..problem }));
+    assert!(fails(connection_mask::Problem { tokens: 1 << 32, ..problem }));
+}
+
+// ---------------------------------------------------------------------------------------------------------- TokenScore
+
+fn check_score(kernels: &Kernels, problem: &token_score::Problem, dtype: Dtype, seed: u64) {
+    let &token_score::Problem { batch, queries, keys, q, k, scale, first } = problem;
+    let named = format!("{problem:?}, {dtype:?}, seed {seed}");
+    let mut random = Random(seed);
+    // Now and then where no wide access is possible.
+    let skipped = if seed.is_multiple_of(4) { dtype.bytes() } else { 0 };
+    let mut operand = |of: &Heads, rows: usize| {
+        let values = rounded(with_heads(of, batch * rows, |_, _| 2.0 * random.uniform()), dtype);
+        let buffer = Buffer::with_skipped(&encode(&values, dtype), skipped);
+        (values, buffer)
+    };
+    let (of_q, of_k) = (operand(&q, queries), operand(&k, keys));
+    let size = random.sizes(batch * keys);
+    let of_size = Buffer::floats(&size, Dtype::F32);
+    let device = Device { capability: 80, multiprocessors: [1, 3, 40][seed as usize % 3] };
+    let score = in_all_orders(3, |order| {
+        let score = Buffer::output(batch * keys * 4);
+        let scratch = Buffer::output(token_score::cuda::scratch_bytes(problem));
+        let tensors = token_score::cuda::Tensors {
+            q: of_q.1.at(),
+            k: of_k.1.at(),
+            size: of_size.at(),
+            score: score.at(),
+            scratch: scratch.at(),
+        };
+        let launches = token_score::cuda::launches(problem, dtype, &tensors, &device).expect("the problem is fine");
+        kernels.run(launches, order);
+        score.to_floats(Dtype::F32)
+    });
+
+    // Scores are as good as float32, so weights the less the larger those are.
+    let steep = f64::from(scale.abs()) * (q.head_dim as f64).sqrt();
+    let tolerance = 2e-6 * steep.max(1.0);
+    let chosen = first.min(queries);
+    for image in 0..batch {
+        let mut expected = vec![0.0; keys];
+        for (head, query) in (0..q.heads).flat_map(|head| (0..chosen).map(move |query| (head, query))) {
+            let row = |of: &[f64], rows: usize, window: &Heads, at: usize| -> Vec<f64> {
+                of[(image * rows + at) * window.width + window.at + head * q.head_dim..][..q.head_dim].to_vec()
+            };
+            let of_query = row(&of_q.0, queries, &q, query);
+            let scores: Vec<f64> = (0..keys)
+                .map(|key| row(&of_k.0, keys, &k, key).iter().zip(&of_query).map(|(left, right)| left * right).sum())
+                .map(|product: f64| product * f64::from(scale))
+                .collect();
+            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let weights: Vec<f64> =
+                scores.iter().zip(&size[image * keys..]).map(|(score, size)| (score - top).exp() * size).collect();
+            let total = weights.iter().sum::<f64>() * (q.heads * chosen) as f64;
+            expected.iter_mut().zip(weights).for_each(|(sum, weight)| *sum += weight / total);
+        }
+        let largest = expected.iter().copied().fold(0.0, f64::max);
+        for (key, (found, expected)) in score[image * keys..].iter().zip(&expected).enumerate() {
+            let off = (found - expected).abs() / largest;
+            assert!(off <= tolerance, "{named}: key {key} is {found}, not {expected}");
+        }
+    }
+}
+
+#[test]
+fn score() {
+    let Some(kernels) = Kernels::of("token_score", 80) else { return };
+    let mut random = Random(11);
+    for seed in 0..samples(90) as u64 {
+        let (heads, head_dim, at) = random.of(&[(1, 5, 0), (3, 32, 7), (12, 64, 0), (2, 80, 160), (2, 136, 8)]);
+        let mut window = || Heads { width: heads * head_dim + at + random.below(2) * 8, at, heads, head_dim };
+        let (q, k) = (window(), window());
+        let problem = token_score::Problem {
+            batch: random.of(&[1, 2, 3]),
+            queries: random.of(&[1, 4, 7, 50]),
+            keys: random.of(&[1, 3, 50, 257, 600]),
+            q,
+            k,
+            scale: random.of(&[0.1, 1.0, -0.5]),
+            first: random.of(&[1, 1, 5, usize::MAX]),
+        };
+        check_score(kernels, &problem, random.of(&DTYPES), seed);
+    }
+}
+
+#[test]
+fn scores_of_what_is_not_finite() {
+    let Some(kernels) = Kernels::of("token_score", 80) else { return };
+    let heads = Heads { width: 1, at: 0, heads: 1, head_dim: 1 };
+    let (q, k) = (heads, heads);
+    let problem = token_score::Problem { batch: 1, queries: 1, keys: 3, q, k, scale: 1.0, first: 1 };
+    let device = Device { capability: 80, multiprocessors: 1 };
+    for (key, expected) in [(f64::NEG_INFINITY, Some(0.0)), (f64::INFINITY, None), (f64::NAN, None)] {
+        for at in 0..3 {
+            let mut keys = [0.0; 3];
+            keys[at] = key;
+            let (of_q, of_k) = (Buffer::floats(&[1.0], Dtype::F32), Buffer::floats(&keys, Dtype::F32));
+            let of_size = Buffer::floats(&[1.0; 3], Dtype::F32);
+            let score = Buffer::output(12);
+            let scratch = Buffer::output(token_score::cuda::scratch_bytes(&problem));
+            let tensors = token_score::cuda::Tensors {
+                q: of_q.at(),
+                k: of_k.at(),
+                size: of_size.at(),
+                score: score.at(),
+                scratch: scratch.at(),
+            };
+            let launches = token_score::cuda::launches(&problem, Dtype::F32, &tensors, &device);
+            kernels.run(launches.expect("the problem is fine"), 0);
+            for (i, score) in score.to_floats(Dtype::F32).into_iter().enumerate() {
+                match expected {
+                    Some(expected) => assert_eq!(score, if i == at { expected } else { 0.5 }),
+                    None => assert!(score.is_nan()),
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn scores_that_make_no_sense() {
+    let heads = Heads { width: 8, at: 0, heads: 2, head_dim: 4 };
+    let problem = token_score::Problem { batch: 1, queries: 5, keys: 5, q: heads, k: heads, scale: 1.0, first: 1 };
+    let tensors = token_score::cuda::Tensors { q: 0, k: 0, size: 0, score: 0, scratch: 0 };
+    let device = Device { capability: 80, multiprocessors: 1 };
+    let fails = |problem| token_score::cuda::launches(&problem, Dtype::F32, &tensors, &device).is_err();
+    assert!(!fails(problem));
+    for wrong in [
+        token_score::Problem { first: 0, ..problem },
+        token_score::Problem { queries: 0, ..problem },
+        token_score::Problem { q: Heads { at: 1, ..heads }, ..problem },
+        token_score::Problem { k: Heads { heads: 1, ..heads }, ..problem },
+        token_score::Problem { k: Heads { head_dim: usize::MAX, ..heads }, ..problem },
+    ] {
+        assert!(fails(wrong), "{wrong:?}");
+        assert_eq!(token_score::cuda::scratch_bytes(&wrong), 0);
+    }
+    assert!(fails(token_score::Problem { keys: 1 << 32, ..problem }));
+}
+
+// ---------------------------------------------------------------------------------------------------------- TokenPrune
+
+/// What the scores of a test look like.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Scores {
+    Random,
+    /// Many are equal.
+    Ties,
+    /// Some are not finite.
+    NotFinite,
+}
+
+fn check_prune(kernels: &Kernels, problem: &token_prune::Problem, dtype: Dtype, kind: Scores, seed: u64, orders: u32) {
+    let &token_prune::Problem { batch, tokens, channels, keep, protect, suffix, fuse } = problem;
+    let named = format!("{problem:?}, {dtype:?}, {kind:?}, seed {seed}");
+    let mut random = Random(seed);
+    let x = rounded(random.values(batch * tokens * channels), dtype);
+    let size = random.sizes(batch * tokens);
+    let score: Vec<f64> = match kind {
+        Scores::Random => rounded(random.values(batch * tokens), Dtype::F32),
+        Scores::Ties => (0..batch * tokens).map(|_| random.of(&[0.0, -0.0, 1.0, -2.0])).collect(),
+        Scores::NotFinite => (0..batch * tokens)
+            .map(|_| random.of(&[f64::NAN, -f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 0.5, 0.25]))
+            .collect(),
+    };
+    let slots = problem.slots().expect("the problem is fine");
+    let skipped = if seed.is_multiple_of(3) { dtype.bytes() } else { 0 };
+    let of_x = Buffer::with_skipped(&encode(&x, dtype), skipped);
+    let (of_score, of_size) = (Buffer::floats(&score, Dtype::F32), Buffer::floats(&size, Dtype::F32));
+    let device = Device { capability: 80, multiprocessors: [1, 3, 40][seed as usize % 3] };
+    let bytes = in_all_orders(orders, |order| {
+        let to = [
+            Buffer::output(batch * slots * channels * dtype.bytes()),
+            Buffer::output(batch * slots * 4),
+            Buffer::output(batch * slots * 8),
+            Buffer::output(batch * tokens * 8),
+        ];
+        let scratch = Buffer::output(token_prune::cuda::scratch_bytes(problem));
+        let tensors = token_prune::cuda::Tensors {
+            x: of_x.at(),
+            score: of_score.at(),
+            size: of_size.at(),
+            y: to[0].at(),
+            size_out: to[1].at(),
+            anchor: to[2].at(),
+            assign: to[3].at(),
+            scratch: scratch.at(),
+        };
+        let launches = token_prune::cuda::launches(problem, dtype, &tensors, &device).expect("the problem is fine");
+        kernels.run(launches, order);
+        to.map(|buffer| buffer.bytes().to_vec())
+    });
+    let (y, size_out) = (decode(&bytes[0], dtype), decode(&bytes[1], Dtype::F32));
+    let [anchor, assign] = [2, 3].map(|at| Buffer::new(&bytes[at]).to_ints());
+
+    for image in 0..batch {
+        let row = |token: usize| &x[(image * tokens + token) * channels..][..channels];
+        let own = &score[image * tokens..][..tokens];
+        let key = |token: usize| if own[token].is_nan() { f64::INFINITY } else { own[token] };
+        let mut order: Vec<usize> = (protect..tokens - suffix).collect();
+        // Stable: the lower position first.
+        order.sort_by(|&left, &right| key(right).partial_cmp(&key(left)).expect("no NaN"));
+        let mut dropped = order.split_off(keep);
+        dropped.sort_unstable();
+        let extra = protect + keep;
+        let fuses = fuse && !dropped.is_empty();
+        let mut tokens_of: Vec<Option<usize>> = (0..protect).chain(order).map(Some).collect();
+        tokens_of.extend(fuses.then_some(None));
+        tokens_of.extend((tokens - suffix..tokens).map(Some));
+        assert_eq!(tokens_of.len(), slots);
+        let mut slot_of = vec![if fuses { extra as i64 } else { -1 }; tokens];
+        for (slot, token) in tokens_of.into_iter().enumerate() {
+            let at = image * slots + slot;
+            let found = &y[at * channels..][..channels];
+            match token {
+                Some(token) => {
+                    slot_of[token] = slot as i64;
+                    assert_eq!((anchor[at], size_out[at]), (token as i64, size[image * tokens + token]), "{named}");
+                    assert_eq!(found, row(token), "{named}: slot {slot}");
+                }
+                None => {
+                    assert_eq!((anchor[at], size_out[at]), (-1, 1.0), "{named}");
+                    for (channel, found) in found.iter().enumerate() {
+                        let products = dropped.iter().map(|&token| own[token] * row(token)[channel]);
+                        let (expected, most) =
+                            products.fold((0.0, 0.0), |(sum, most): (f64, f64), x| (sum + x, most + x.abs()));
+                        // As many roundings of float32 as there are products, of sums that are no larger than this.
+                        let allowed = unit(dtype) * expected.abs() + 1e-6 * most;
+                        let same = (found - expected).abs() <= allowed || !expected.is_finite() && !found.is_finite();
+                        assert!(same, "{named}: channel {channel} of the sum is {found}, not {expected}");
+                    }
+                }
+            }
+        }
+        assert_eq!(&assign[image * tokens..][..tokens], slot_of, "{named}");
+    }
+}
+
+#[test]
+fn prune() {
+    let Some(kernels) = Kernels::of("token_prune", 80) else { return };
+    let mut random = Random(13);
+    for seed in 0..samples(180) as u64 {
+        let (protect, suffix) = random.of(&[(0, 0), (1, 0), (2, 3), (5, 1), (0, 1)]);
+        let free = random.of(&[0, 1, 2, 3, 17, 50, 101, 196]);
+        let problem = token_prune::Problem {
+            batch: random.of(&[1, 2, 3]),
+            tokens: protect + suffix + free,
+            channels: random.of(&[1, 5, 24, 72, 520]),
+            keep: random.of(&[0, free.min(1), free / 2, free - free.min(1), free]),
+            protect,
+            suffix,
+            fuse: random.of(&[false, true]),
+        };
+        let kind = random.of(&[Scores::Random, Scores::Ties, Scores::NotFinite]);
+        check_prune(kernels, &problem, random.of(&DTYPES), kind, seed, 3);
+    }
+}
+
+#[test]
+fn prune_of_many_tokens() {
+    let Some(kernels) = Kernels::of("token_prune", 80) else { return };
+    // The last sorts in scratch memory.
+    for (tokens, keep) in [(577, 403), (4097, 2000), (8300, 5000)] {
+        if sanitized() && (600..8000).contains(&tokens) {
+            continue;
+        }
+        let problem = token_prune::Problem { batch: 2, tokens, channels: 8, keep, protect: 1, suffix: 0, fuse: true };
+        check_prune(kernels, &problem, Dtype::F32, Scores::Ties, 2, 2);
+    }
+}
+
+#[test]
+fn prunings_that_make_no_sense() {
+    let problem =
+        token_prune::Problem { batch: 1, tokens: 10, channels: 4, keep: 4, protect: 1, suffix: 2, fuse: true };
+    let tensors =
+        token_prune::cuda::Tensors { x: 0, score: 0, size: 0, y: 0, size_out: 0, anchor: 0, assign: 0, scratch: 0 };
+    let device = Device { capability: 80, multiprocessors: 1 };
+    let fails = |problem| token_prune::cuda::launches(&problem, Dtype::F32, &tensors, &device).is_err();
+    assert!(!fails(problem));
+    assert!(fails(token_prune::Problem { keep: 8, ..problem }));
+    assert!(fails(token_prune::Problem { protect: usize::MAX, ..problem }));
+    assert!(fails(token_prune::Problem { suffix: 10, keep: 0, ..problem }));
+    assert!(fails(token_prune::Problem { tokens: 1 << 32, ..problem }));
+    assert!(fails(token_prune::Problem { tokens: usize::MAX, ..problem }));
 }
 
 // ---------------------------------------------------------------------------------------------------------- sanitizers

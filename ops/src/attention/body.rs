@@ -40,7 +40,7 @@ impl OpDef for ProportionalAttention {
         let values = operands.head_major(&mut body, "v", [0, 2, 1, 3]);
 
         // The share of the largest in each image, as the values are typed: [B, 1, M, 1].
-        let largest = body.reduce("ReduceMax", size, 1, 1, "largest_size");
+        let largest = body.reduce("ReduceMax", size, &[1], 1, "largest_size");
         let share = body.op("Div", "size_share", &[size, largest]);
         let share = body.as_dtype(share, "size_share_as_v");
         let share = body.unsqueeze(share, &[1], "size_share_of_heads");
@@ -85,8 +85,7 @@ impl Operands {
             _ => self.v,
         };
         let at = body.attribute(&format!("{name}_at"));
-        let heads = body.heads(operand, at, self.heads, self.head_dim, name);
-        body.op_with("Transpose", &format!("{name}_of_heads"), &[heads], &[("perm", Attribute::Ints(perm.to_vec()))])
+        body.heads_permuted(operand, at, self.heads, self.head_dim, perm, name)
     }
 
     /// softmax(scale · q kᵀ), `[B, H, N, M]`.

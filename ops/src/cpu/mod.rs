@@ -5,9 +5,11 @@
 //! says: kernels allocate no more than a few words for each row.
 
 mod product;
+mod rank;
 mod rows;
 mod share;
 mod simd;
+mod softmax;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -20,9 +22,11 @@ use half::{bf16, f16};
 use crate::Heads;
 
 pub(crate) use self::product::{Panels, Rows, Sink, product};
+pub(crate) use self::rank::Rank;
 pub(crate) use self::rows::mean;
 pub(crate) use self::share::{Window, each};
-pub(crate) use self::simd::{Isa, Kernel, MAX_LANES, MAX_PANEL, Simd, exp2};
+pub(crate) use self::simd::{Isa, Kernel, MAX_LANES, MAX_PANEL, Simd, exp2, fold};
+pub(crate) use self::softmax::{Softmax, SoftmaxLayout};
 
 /// A type that tokens are stored in. All arithmetic is in float32.
 pub trait Element: Copy + Send + Sync + 'static {
@@ -59,9 +63,11 @@ pub trait Element: Copy + Send + Sync + 'static {
 }
 
 impl Element for f32 {
+    #[inline]
     fn to_f32(self) -> f32 {
         self
     }
+    #[inline]
     fn from_f32(value: f32) -> Self {
         value
     }
@@ -78,9 +84,11 @@ impl Element for f32 {
 }
 
 impl Element for f16 {
+    #[inline]
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
     }
+    #[inline]
     fn from_f32(value: f32) -> Self {
         f16::from_f32(value)
     }
@@ -94,9 +102,11 @@ impl Element for f16 {
 }
 
 impl Element for bf16 {
+    #[inline]
     fn to_f32(self) -> f32 {
         bf16::to_f32(self)
     }
+    #[inline]
     fn from_f32(value: f32) -> Self {
         bf16::from_f32(value)
     }
@@ -169,6 +179,11 @@ pub(crate) fn position(name: &str, index: i64, end: usize) -> Result<usize, Erro
     position.ok_or_else(|| Error::new(format!("{name} has {index}, beyond 0..{end}")))
 }
 
+/// Writes positions.
+pub(crate) fn fill(to: &mut [i64], positions: impl Iterator<Item = usize>) {
+    to.iter_mut().zip(positions).for_each(|(to, position)| *to = position as i64);
+}
+
 /// The product of extents; none where it is beyond what can be addressed. Zero where any of them is.
 fn product_of(extents: &[usize]) -> Option<usize> {
     if extents.contains(&0) {
@@ -180,4 +195,15 @@ fn product_of(extents: &[usize]) -> Option<usize> {
 /// Takes the first `len` entries off a slice.
 pub(crate) fn take<'a>(slice: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     slice.split_off_mut(..len).expect("scratch memory of the length that was checked")
+}
+
+/// Takes numbers off a slice up to where vectors begin: at most [`MAX_LANES`].
+pub(crate) fn align(slice: &mut &mut [f32]) {
+    let skipped = slice.as_ptr().align_offset(MAX_LANES * size_of::<f32>()).min(MAX_LANES);
+    take(slice, skipped);
+}
+
+/// `len` and what fills the widest panel: parts of memory of such lengths begin where vectors do, if the first does.
+pub(crate) fn pad(len: usize) -> usize {
+    len.div_ceil(MAX_PANEL).saturating_mul(MAX_PANEL)
 }

@@ -145,6 +145,20 @@ pub(crate) trait Simd: Copy {
         }
     }
 
+    /// Adds a row times a factor to another. Both have one length.
+    #[inline(always)]
+    fn add_scaled(self, row: &[f32], factor: f32, to: &mut [f32]) {
+        let splat = self.splat(factor);
+        let (vectors, mut places) = (row.chunks_exact(Self::LANES), to.chunks_exact_mut(Self::LANES));
+        let rest = vectors.remainder();
+        for (vector, to) in vectors.zip(&mut places) {
+            self.store(self.fma(self.load(vector), splat, self.load(to)), to);
+        }
+        for (x, to) in rest.iter().zip(places.into_remainder()) {
+            *to += x * factor;
+        }
+    }
+
     /// Asks for a row to be brought into the first cache.
     #[inline(always)]
     fn prefetch<T>(self, row: &[T]) {
@@ -446,6 +460,21 @@ pub(crate) fn exp2<S: Simd>(s: S, x: S::V) -> S::V {
     let high = s.fma(squared, pair(0.009_671_513, 0.001_326_472_7), pair(0.240_222_42, 0.055_507_336));
     let power = s.fma(squared, high, pair(1.0, LINEAR));
     s.mul(power, s.pow2(shifted))
+}
+
+/// Reduces lanes, pairwise.
+#[inline(always)]
+pub(crate) fn fold(lanes: &[f32], pair: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut all = [0.0; MAX_LANES];
+    all[..lanes.len()].copy_from_slice(lanes);
+    let mut half = lanes.len() / 2;
+    while half > 0 {
+        for i in 0..half {
+            all[i] = pair(all[i], all[i + half]);
+        }
+        half /= 2;
+    }
+    all[0]
 }
 
 #[cfg(test)]

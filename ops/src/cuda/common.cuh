@@ -104,6 +104,29 @@ DEVICE u32 sortable(float value) {
     return value != value ? ALL : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// A position and its sortable score as one number: the larger the higher the score, then the lower the position.
+DEVICE u64 ranked(u32 score, int position) { return u64(score) << 32 | (ALL - u32(position)); }
+DEVICE int ranked_position(u64 entry) { return int(ALL - u32(entry)); }
+
+// Sorts, the largest first; all threads of the block together. `count` is a power of two.
+template <int THREADS> DEVICE void sort_falling(u64* entries, int count) {
+    for (int span = 2; span <= count; span *= 2) {
+        for (int distance = span / 2; distance; distance /= 2) {
+            for (int i = threadIdx.x; i < count / 2; i += THREADS) {
+                int low = i / distance * 2 * distance + i % distance;
+                int high = low + distance;
+                bool rising = low & span;
+                u64 first = entries[low], second = entries[high];
+                if ((first < second) != rising) {
+                    entries[low] = second;
+                    entries[high] = first;
+                }
+            }
+            __syncthreads();
+        }
+    }
+}
+
 DEVICE float warp_sum(float value) {
 #pragma unroll
     for (int distance = WARP / 2; distance; distance /= 2) {

@@ -94,6 +94,14 @@ pub enum Operator {
     TokenMean,
     /// `TokenSize`
     TokenSize,
+    /// `ConnectionMask` and `ConnectionMaskDynamic`
+    ConnectionMask,
+    /// `MaskedSoftmax`
+    MaskedSoftmax,
+    /// `TokenScore`
+    TokenScore,
+    /// `TokenPrune` and `TokenPruneDynamic`
+    TokenPrune,
 }
 
 /// PTX by compute capability, the highest first.
@@ -111,8 +119,18 @@ macro_rules! ptx {
 
 impl Operator {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::TokenMerge, Self::Attention, Self::TokenRestore, Self::TokenAssign, Self::TokenMean, Self::TokenSize];
+    pub const ALL: [Self; 10] = [
+        Self::TokenMerge,
+        Self::Attention,
+        Self::TokenRestore,
+        Self::TokenAssign,
+        Self::TokenMean,
+        Self::TokenSize,
+        Self::ConnectionMask,
+        Self::MaskedSoftmax,
+        Self::TokenScore,
+        Self::TokenPrune,
+    ];
 
     fn ptx(self) -> &'static Ptx {
         match self {
@@ -122,6 +140,10 @@ impl Operator {
             Self::TokenAssign => &const { ptx!("token_assign") },
             Self::TokenMean => &const { ptx!("token_mean") },
             Self::TokenSize => &const { ptx!("token_size") },
+            Self::ConnectionMask => &const { ptx!("connection_mask") },
+            Self::MaskedSoftmax => &const { ptx!("masked_softmax") },
+            Self::TokenScore => &const { ptx!("token_score") },
+            Self::TokenPrune => &const { ptx!("token_prune") },
         }
     }
 }

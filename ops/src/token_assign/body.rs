@@ -1,4 +1,4 @@
-use vitrim_ir::{Function, ValueId};
+use vitrim_ir::Function;
 
 use crate::OpDef;
 use crate::body::Body;
@@ -14,19 +14,14 @@ impl OpDef for TokenAssign {
     fn function(&self, opset: i64) -> Function {
         let mut body = Body::new(opset);
         let [anchor, leaving, into] = ["anchor", "leaving", "into"].map(|name| body.input(name));
-        let extent = |body: &mut Body, value: ValueId, name: &str| {
-            let shape = body.op("Shape", &format!("{name}_shape"), &[value]);
-            let (one, two) = (body.ints(&format!("{name}_from"), &[1]), body.ints(&format!("{name}_to"), &[2]));
-            body.slice(shape, one, two, 0, 1, name)
-        };
-        let slots = extent(&mut body, anchor, "slots");
+        let slots = body.extent(anchor, "slots");
         let own = body.iota(slots, "slot_ids");
         let zero = body.op("Sub", "zero_per_slot", &[anchor, anchor]);
         let own = body.op("Add", "slot_of_anchor", &[zero, own]);
         // The tokens as the slots list them are a permutation; sorting it inverts it.
         let listed = body.concat(&[anchor, leaving], 1, "listed");
         let slot_of_listed = body.concat(&[own, into], 1, "slot_of_listed");
-        let tokens = extent(&mut body, listed, "tokens");
+        let tokens = body.extent(listed, "tokens");
         let place = body.argsort(listed, tokens, false, "place");
         let assign = body.entries(slot_of_listed, place, "slot_of_token");
         body.finish(self.name(), &[], &[("assign", assign)], "The slot of every token after a regrouping.")

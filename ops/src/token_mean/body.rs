@@ -14,9 +14,7 @@ impl OpDef for TokenMean {
     fn function(&self, opset: i64) -> Function {
         let mut body = Body::new(opset);
         let [table, assign, size] = ["table", "assign", "size"].map(|name| body.input(name));
-        let shape = body.op("Shape", "size_shape", &[size]);
-        let (one, two) = (body.ints("one", &[1]), body.ints("two", &[2]));
-        let slots = body.slice(shape, one, two, 0, 1, "slots");
+        let slots = body.extent(size, "slots");
         let slots = body.iota(slots, "slot_ids");
         let slots = body.unsqueeze(slots, &[0, 2], "slot_column");
         let assign = body.unsqueeze(assign, &[1], "assign_row");

@@ -1,6 +1,6 @@
 //! Means over slots on the CPU.
 
-use crate::cpu::{Element, Error, Pool, check_len, each, mean, position};
+use crate::cpu::{Element, Error, Isa, Pool, check_len, each, mean, position};
 
 /// Extents.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -46,6 +46,7 @@ pub fn token_mean<T: Element>(
         return Ok(());
     }
     members.sort_unstable();
+    let isa = Isa::best();
     let rows = (PART / (channels * size_of::<T>())).max(1);
     each(pool, y.chunks_mut(rows * channels).enumerate(), |(part, y)| {
         let mut members = &members[members.partition_point(|&(slot, _)| slot < part * rows)..];
@@ -53,7 +54,7 @@ pub fn token_mean<T: Element>(
             let (own, others) = members.split_at(members.iter().take_while(|member| member.0 == slot).count());
             members = others;
             let entries = own.iter().map(|&(_, token)| (if shared { token % tokens } else { token }, 1.0));
-            mean(table, entries, size[slot], y);
+            mean(isa, table, entries, size[slot], y);
         }
     });
     Ok(())

@@ -34,12 +34,11 @@ impl OpDef for TokenMergeDynamic {
         let mut body = Body::new(opset);
         let operands = Operands::declare(&mut body);
         let r = body.input("r");
-        let shape = body.op("Shape", "shape", &[operands.x]);
-        let (one, two) = (body.ints("one", &[1]), body.ints("two", &[2]));
-        let tokens = body.slice(shape, one, two, 0, 1, "tokens");
+        let tokens = body.extent(operands.x, "tokens");
         // r = max(0, min(r, (N - protect - suffix) / 2))
         let free = body.op("Sub", "behind_front", &[tokens, operands.protect]);
         let free = body.op("Sub", "free", &[free, operands.suffix]);
+        let two = body.ints("two", &[2]);
         let limit = body.op("Div", "limit", &[free, two]);
         let capped = body.op("Min", "capped", &[r, limit]);
         let zero = body.ints("zero", &[0]);
@@ -66,7 +65,7 @@ impl Operands {
         let [heads, head_dim, at] = ["heads", "head_dim", "metric_at"].map(|name| body.attribute(name));
         let metric = body.heads(metric, at, heads, head_dim, "metric");
         let metric = body.as_f32(metric, "metric_f32");
-        let metric = body.reduce("ReduceMean", metric, 2, 0, "metric_mean");
+        let metric = body.reduce("ReduceMean", metric, &[2], 0, "metric_mean");
         Self { x, metric, size, protect, suffix }
     }
 }
@@ -118,15 +117,11 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let leaving_at = body.op("Add", "leaving_at", &[double, first_a]);
     let double = body.op("Mul", "staying_doubled", &[staying, two]);
     let staying_at = body.op("Add", "staying_at", &[double, first_a]);
-    // A zero per image, also where there are no candidates: the largest of one number is the first.
-    let first = body.slice(size, zero, one, 1, 1, "first_size");
-    let per_image = body.argmax_last(first, "zero_per_image");
+    let zero_per_image = body.zero_per_image(size);
     let all = body.iota(tokens, "positions");
     let fixed = |body: &mut Body, start: ValueId, end: ValueId, step: i64, name: &str| {
         let row = body.slice(all, start, end, 0, step, &format!("{name}_row"));
-        // The larger of zero and a position is the position. Not a sum: ONNX Runtime up to 1.20 takes adding an empty
-        // row (no protected tokens) for adding nothing, and loses the change of shape.
-        body.op("Max", name, &[per_image, row])
+        body.per_image(zero_per_image, row, name)
     };
     let front = fixed(body, zero, protect, 1, "front");
     let receiving = fixed(body, first_b, end, 2, "receiving");

@@ -2,8 +2,8 @@
 
 use crate::Heads;
 use crate::cpu::{
-    Element, Error, Isa, Kernel, MAX_LANES, Panels, Pool, Rows, Simd, Sink, check_len, check_scratch, each, mean,
-    product, take,
+    Element, Error, Isa, Kernel, MAX_LANES, Panels, Pool, Rank, Rows, Simd, Sink, align, check_len, check_scratch,
+    each, fill, mean, product, take,
 };
 
 #[cfg(test)]
@@ -228,7 +228,7 @@ pub(crate) fn token_merge_on<T: Element, M: Element>(
             }
             let members = members.iter().map(|join| join.token as usize);
             let members = std::iter::once(anchor).chain(members).map(|token| (token, size[token]));
-            mean(x, members, size_out[image * slots + slot], y);
+            mean(isa, x, members, size_out[image * slots + slot], y);
         }
     });
     Ok(())
@@ -245,8 +245,7 @@ fn compare<'a, M: Element>(
 ) -> (&'a [f32], &'a [f32]) {
     let &Problem { batch, tokens, metric: heads, .. } = problem;
     let dim = heads.head_dim;
-    let aligned = scratch.as_ptr().align_offset(MAX_LANES * size_of::<f32>()).min(MAX_LANES);
-    take(&mut scratch, aligned);
+    align(&mut scratch);
     let image_len = split.blocks * PREPARED * dim;
     let [rows, panels] = [(); 2].map(|()| take(&mut scratch, batch * image_len));
     let wide = take(&mut scratch, batch * split.blocks * WIDE * dim);
@@ -413,8 +412,8 @@ impl Image<'_> {
     fn select(self, problem: &Problem, split: &Split) {
         let &Problem { tokens, r, protect, .. } = problem;
         // Without similarities all are equally similar.
-        let key = |a: usize| falling(self.best.get(a).copied().unwrap_or(0.0), a);
-        let mut keys: Vec<u64> = (0..split.a).map(key).collect();
+        let key = |a: usize| Rank::new(self.best.get(a).copied().unwrap_or(0.0), a);
+        let mut keys: Vec<Rank> = (0..split.a).map(key).collect();
         if protect == 0 {
             keys.sort_unstable();
         } else if r > 0 {
@@ -422,7 +421,7 @@ impl Image<'_> {
             keys[..r].sort_unstable();
         }
         let (leaving, others) = keys.split_at(r);
-        let token = |key: &u64| split.first_a + 2 * position(*key);
+        let token = |key: &Rank| split.first_a + 2 * key.position();
 
         let last = leaving.last().copied();
         let by_position =
@@ -439,7 +438,7 @@ impl Image<'_> {
         fill(back, receiving.chain(split.end..tokens));
 
         fill(self.leaving, leaving.iter().map(token));
-        let slot = |key: &u64| protect + split.staying + self.partner[position(*key)] as usize;
+        let slot = |key: &Rank| protect + split.staying + self.partner[key.position()] as usize;
         fill(self.into, leaving.iter().map(slot));
         self.joins.extend(leaving.iter().zip(0..).map(|(key, rank)| Join {
             slot: slot(key) as u32,
@@ -455,22 +454,4 @@ impl Image<'_> {
             self.size_out[join.slot as usize] += self.size[join.token as usize];
         }
     }
-}
-
-/// A number that is the smaller the higher the score, then the lower the position.
-fn falling(score: f32, position: usize) -> u64 {
-    // Adding zero makes the two zeros one. Negative numbers have bits that fall as they rise.
-    let bits = (score + 0.0).to_bits();
-    let falling = if bits >> 31 == 0 { !bits ^ (1 << 31) } else { bits };
-    u64::from(falling) << 32 | position as u64
-}
-
-/// The position in such a number.
-fn position(key: u64) -> usize {
-    key as u32 as usize
-}
-
-/// Writes positions.
-fn fill(to: &mut [i64], positions: impl Iterator<Item = usize>) {
-    to.iter_mut().zip(positions).for_each(|(to, position)| *to = position as i64);
 }

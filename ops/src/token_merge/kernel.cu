@@ -237,29 +237,6 @@ KERNEL(merge_match_unit, Merge, THREADS) { match<float, true>(arguments); }
 
 // ------------------------------------------------------------------------------------------------------------- reduce
 
-// An A token and its similarity as one number: the larger leaves first, the lower position among equals.
-DEVICE u64 edge(u32 best, int position) { return u64(best) << 32 | (ALL - u32(position)); }
-DEVICE int edge_position(u64 edge) { return int(ALL - u32(edge)); }
-
-// Sorts, the largest first; `count` is a power of two.
-DEVICE void sort_falling(u64* entries, int count) {
-    for (int span = 2; span <= count; span *= 2) {
-        for (int distance = span / 2; distance; distance /= 2) {
-            for (int i = threadIdx.x; i < count / 2; i += THREADS) {
-                int low = i / distance * 2 * distance + i % distance;
-                int high = low + distance;
-                bool rising = low & span;
-                u64 first = entries[low], second = entries[high];
-                if ((first < second) != rising) {
-                    entries[low] = second;
-                    entries[high] = first;
-                }
-            }
-            __syncthreads();
-        }
-    }
-}
-
 // A block's view of how its image is grouped.
 struct Grouping {
     // Behind `select`, for l < r: the position among A (low half) and the partner (high half) of the l-th leaving
@@ -291,15 +268,15 @@ DEVICE Grouping select(const Merge& m, int image) {
     const u32* partner = m.partner + i64(image) * count;
 
     for (int i = threadIdx.x; i < padded; i += THREADS) {
-        g.edges[i] = i < count ? edge(best[i], i) : 0;
+        g.edges[i] = i < count ? ranked(best[i], i) : 0;
     }
     __syncthreads();
-    sort_falling(g.edges, padded);
+    sort_falling<THREADS>(g.edges, padded);
 
     u64 weakest = m.r ? g.edges[m.r - 1] : 0;
     for (int word = warp_id(); word < g.words; word += WARPS) {
         int i = word * WARP + lane_id();
-        u32 bits = __ballot_sync(ALL, i < count && (!m.r || edge(best[i], i) < weakest));
+        u32 bits = __ballot_sync(ALL, i < count && (!m.r || ranked(best[i], i) < weakest));
         if (lane_id() == 0) {
             g.stays[word] = bits;
         }
@@ -323,7 +300,7 @@ DEVICE Grouping select(const Merge& m, int image) {
         }
     }
     for (int i = threadIdx.x; i < padded; i += THREADS) {
-        int position = edge_position(g.edges[i]);
+        int position = ranked_position(g.edges[i]);
         g.edges[i] = i < count ? u64(partner[position]) << 32 | u32(position) : 0;
     }
     __syncthreads();

@@ -3,6 +3,7 @@
 The rules are those of tests/kernels.rs."""
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Dict, Iterator, List, Sequence, Tuple, Union
@@ -377,9 +378,178 @@ class AttendReference:
         return verdict
 
 
-Case = Union[Merge, Attend]
+@dataclass(frozen=True)
+class Score:
+    """TokenScore."""
+
+    seed: int
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    # How many queries are averaged.
+    first: int = 1
+    # Channels before the heads of queries and keys.
+    at: Tuple[int, int] = (0, 0)
+    dtype: str = "float32"
+    # How far scores range.
+    sharpness: float = 3.0
+
+    operators = ["TokenScore"]
+
+    @property
+    def dtypes(self) -> Tuple[str, ...]:
+        return (self.dtype,)
+
+    @property
+    def scale(self) -> float:
+        return float(np.float32(self.sharpness / self.head_dim**0.5))
+
+    def feeds(self) -> Arrays:
+        random = np.random.default_rng(self.seed)
+        width = self.heads * self.head_dim
+        feeds = {name: rounded(random.uniform(-1, 1, (self.batch, count, at + width)), self.dtype)
+                 for name, count, at in zip("qk", (self.queries, self.keys), self.at)}
+        feeds["size"] = random.integers(1, 10, (self.batch, self.keys, 1)).astype(np.float32)
+        return feeds
+
+    def save(self, path: Path, functions: Sequence[bytes]) -> None:
+        calls = Calls()
+        q, k = (calls.feed(name, self.dtype, 3) for name in "qk")
+        attributes = {"heads": self.heads, "head_dim": self.head_dim, "q_at": self.at[0], "k_at": self.at[1],
+                      "scale": self.scale, "queries": self.first}
+        received = calls.ours("TokenScore", q, k, calls.feed("size", "float32", 3), named=["received"], **attributes)
+        calls.result("score", received[0], "float32", 2)
+        calls.save(path, functions)
+
+    def reference(self, feeds: Arrays) -> "ScoreReference":
+        return ScoreReference(self, feeds)
+
+
+class ScoreReference:
+    """The mean of softmax(scale · q kᵀ + log(size)) over heads and queries."""
+
+    def __init__(self, case: Score, feeds: Arrays) -> None:
+        self.case, self.expected = case, np.zeros((case.batch, case.keys))
+        chosen = min(case.first, case.queries)
+        for image in range(case.batch):
+            for head in range(case.heads):
+                q, k = (feeds[name][image, :, at + head * case.head_dim : at + (head + 1) * case.head_dim]
+                        .astype(np.float64) for name, at in zip("qk", case.at))
+                scores = case.scale * (q[:chosen] @ k.T)
+                weights = np.exp(scores - scores.max(axis=1, keepdims=True)) * feeds["size"][image, :, 0]
+                self.expected[image] += (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0)
+        self.expected /= case.heads * chosen
+
+    def check(self, outputs: Arrays, body: bool) -> Verdict:
+        verdict = Verdict(images=self.case.batch)
+        # Whatever the type, scores are float32 of operands that are exact.
+        verdict.value("score", self.expected, outputs["score"], TOLERANCE["float32"])
+        return verdict
+
+
+@dataclass(frozen=True)
+class Prune:
+    """TokenPrune or TokenPruneDynamic."""
+
+    seed: int
+    batch: int
+    tokens: int
+    width: int
+    keep: int
+    protect: int = 1
+    suffix: int = 0
+    fuse: bool = True
+    dtype: str = "float32"
+    dynamic: bool = False
+    # Scores that are copies of another, and scores that are no numbers, of every hundred.
+    copies: int = 0
+    nan: int = 0
+
+    @property
+    def dtypes(self) -> Tuple[str, ...]:
+        return (self.dtype,)
+
+    @property
+    def operators(self) -> List[str]:
+        return ["TokenPruneDynamic" if self.dynamic else "TokenPrune"]
+
+    def feeds(self) -> Arrays:
+        random = np.random.default_rng(self.seed)
+        score = random.uniform(-1, 1, (self.batch, self.tokens)).astype(np.float32)
+        chance = random.integers(0, 100, score.shape)
+        for image, token in np.argwhere(chance < self.copies):
+            score[image, token] = score[image, random.integers(self.tokens)]
+        score[(chance >= self.copies) & (chance < self.copies + self.nan)] = np.nan
+        x = rounded(random.uniform(-1, 1, (self.batch, self.tokens, self.width)), self.dtype)
+        return {"x": x, "score": score, "size": random.integers(1, 5, (self.batch, self.tokens, 1)).astype(np.float32)}
+
+    def save(self, path: Path, functions: Sequence[bytes]) -> None:
+        calls = Calls()
+        operands = [calls.feed("x", self.dtype, 3), calls.feed("score", "float32", 2), calls.feed("size", "float32", 3)]
+        attributes = {"protect": self.protect, "suffix": self.suffix, "fuse": int(self.fuse),
+                      "dtype": TYPES[self.dtype]}
+        named = ["pruned", "sizes", "anchors", "slot_of_token"]
+        if self.dynamic:
+            calls.ours("TokenPruneDynamic", *operands, calls.ints(self.keep), named=named, **attributes)
+        else:
+            calls.ours("TokenPrune", *operands, named=named, keep=self.keep, tokens=self.tokens, **attributes)
+        for name, value, dtype, rank in zip(["y", "size_out", "anchor", "assign"], named,
+                                            [self.dtype, "float32", "int64", "int64"], [3, 3, 2, 2]):
+            calls.result(name, value, dtype, rank)
+        calls.save(path, functions)
+
+    def reference(self, feeds: Arrays) -> "PruneReference":
+        return PruneReference(self, feeds)
+
+
+class PruneReference:
+    def __init__(self, case: Prune, feeds: Arrays) -> None:
+        self.case = case
+        self.expected: Dict[str, np.ndarray] = {}
+        images: Dict[str, List[np.ndarray]] = defaultdict(list)
+        candidates = np.arange(case.protect, case.tokens - case.suffix)
+        for x, score, size in zip(feeds["x"].astype(np.float64), feeds["score"], feeds["size"]):
+            key = np.where(np.isnan(score), np.inf, score)[candidates]
+            order = candidates[np.argsort(-key, kind="stable")]
+            kept, dropped = order[: max(case.keep, 0)], order[max(case.keep, 0) :]
+            fuses = case.fuse and len(dropped) > 0
+            anchor = np.concatenate([np.arange(case.protect), kept, [-1] if fuses else [],
+                                     np.arange(case.tokens - case.suffix, case.tokens)]).astype(np.int64)
+            assign = np.full(case.tokens, case.protect + len(kept) if fuses else -1)
+            slots = np.flatnonzero(anchor >= 0)
+            assign[anchor[slots]] = slots
+            y, sizes = x[anchor], np.where(anchor[:, None] < 0, 1, size[anchor])
+            y[anchor < 0] = score[dropped].astype(np.float64) @ x[dropped]
+            for name, value in [("y", y), ("size_out", sizes), ("anchor", anchor), ("assign", assign)]:
+                images[name].append(value)
+        self.expected = {name: np.stack(values) for name, values in images.items()}
+
+    def check(self, outputs: Arrays, body: bool) -> Verdict:
+        """Checks outputs: decisions, sizes and what is kept to the bit."""
+        verdict = Verdict(images=self.case.batch)
+        for name in ("anchor", "assign", "size_out"):
+            if not np.array_equal(self.expected[name], outputs[name]):
+                verdict.wrong.append(f"{name} differs")
+        y, expected = outputs["y"], self.expected["y"]
+        if verdict.wrong or y.shape != expected.shape:
+            verdict.wrong.append("other tokens are kept")
+            return verdict
+        extra, none = self.expected["anchor"] < 0, np.isnan(expected)
+        if not np.array_equal(y[~extra], expected[~extra]):
+            verdict.wrong.append("tokens that are kept have changed")
+        if not np.array_equal(np.isnan(y), none):
+            verdict.wrong.append("other numbers are none")
+        verdict.value("y", np.where(none, 0, expected), np.where(none, 0, y), TOLERANCE[self.case.dtype])
+        return verdict
+
+
+Case = Union[Merge, Attend, Score, Prune]
 
 FLOATS = list(TYPES)
+# More queries than there are.
+EVERY = 2**63 - 1
 
 
 def cases(count: int, quick: bool) -> Iterator[Case]:
@@ -401,9 +571,18 @@ def cases(count: int, quick: bool) -> Iterator[Case]:
             yield Attend(number, 2, 300, 77, 4, 80, dtype=dtype)
             for head_dim in (33, 40, 48, 72, 88, 96, 127, 128):
                 yield Attend(number, 1, 70, 65, 2, head_dim, dtype=dtype)
+            yield Score(number, 2, 197, 197, 12, 64, at=(0, 768), dtype=dtype)
+            yield Score(number, 64, 50, 50, 6, 64, dtype=dtype)
+            yield Score(number, 2, 577, 577, 16, 64, first=EVERY, dtype=dtype)
+            yield Score(number, 1, 4097, 4097, 3, 72, first=EVERY, dtype=dtype)
+            yield Prune(number, 2, 197, 768, keep=137, dtype=dtype)
+            yield Prune(number, 64, 198, 384, keep=98, protect=2, fuse=False, dtype=dtype)
+            yield Prune(number, 1, 1025, 1664, keep=700, dtype=dtype, dynamic=True)
+            yield Prune(number, 1, 4097, 192, keep=2048, suffix=3, dtype=dtype)
         # More A tokens than are sorted in shared memory; heads wider than fit in it.
         yield Merge(5, 1, 8300, 16, 1, 8, r=100, protect=0)
         yield Merge(6, 2, 301, 40, 2, 160, r=60, protect=5, suffix=1)
+        yield Prune(5, 1, 8300, 16, keep=4000, copies=50)
     yield Merge(1, 1, 3, 4, 1, 4, r=1)
     yield Merge(2, 2, 50, 8, 2, 8, r=0, dynamic=True)
     yield Merge(3, 2, 50, 8, 2, 8, r=99, dynamic=True, sized=False)
@@ -430,3 +609,12 @@ def cases(count: int, quick: bool) -> Iterator[Case]:
         yield Attend(seed, pick(1, 2, 3), queries, queries if joint else between(1, pick(40, 40, most)), between(1, 4),
                      pick(between(1, 20), between(32, 128), 64), at=(between(0, 4), between(0, 4), between(0, 4)),
                      dtype=pick(*FLOATS), joint=joint, sharpness=float(random.uniform(0.1, 8)))
+        yield Score(seed, pick(1, 2, 3), between(1, pick(40, 40, most)), between(1, pick(40, 40, most)), between(1, 4),
+                    pick(between(1, 20), between(32, 128), 64), first=pick(1, 1, between(1, 60), EVERY),
+                    at=(between(0, 4), between(0, 4)), dtype=pick(*FLOATS), sharpness=float(random.uniform(0.1, 8)))
+        candidates, dynamic = tokens - protect - suffix, pick(True, False)
+        keep = pick(0, candidates, between(0, candidates), between(0, candidates))
+        yield Prune(seed, pick(1, 2, 3, pick(1, 8, 64)), tokens, between(1, pick(40, 300)),
+                    keep + (between(-3, 3) if dynamic and keep in (0, candidates) else 0), protect=protect,
+                    suffix=suffix, fuse=pick(True, False), dtype=pick(*FLOATS), dynamic=dynamic,
+                    copies=pick(0, between(0, 60)), nan=pick(0, 0, between(0, 20)))

@@ -5,10 +5,14 @@
 //! old one, this library would run it as it is here.
 
 mod attention;
+mod connection_mask;
+mod masked_softmax;
 mod token_assign;
 mod token_mean;
 mod token_merge;
+mod token_prune;
 mod token_restore;
+mod token_score;
 mod token_size;
 
 use half::{bf16, f16};
@@ -41,5 +45,6 @@ pub fn domain() -> ort::Result<OperatorDomain> {
 /// The operators that compute with tokens, of type `T`.
 fn of_tokens<T: OnDevice + Element>(device: Device) -> impl Iterator<Item = Entry> {
     let entries = token_merge::entries::<T>(device).into_iter().chain(attention::entries::<T>(device));
-    entries.chain([token_mean::entry::<T>(device)])
+    let entries = entries.chain(token_prune::entries::<T>(device)).chain(connection_mask::entries::<T>(device));
+    entries.chain([token_score::entry::<T>(device), token_mean::entry::<T>(device), masked_softmax::entry::<T>(device)])
 }
