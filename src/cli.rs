@@ -25,6 +25,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Merge similar tokens after the attention of every block (ToMe)
     Merge(Box<rewrite::MergeArgs>),
+    /// Drop the tokens that receive the least attention, in chosen blocks (EViT, Tri-Level E-ViT)
+    Prune(rewrite::PruneArgs),
     /// Apply the passes of a recipe
     Rewrite(rewrite::RewriteArgs),
     /// Compare the outputs of two models
@@ -68,6 +70,7 @@ pub fn main() -> ExitCode {
     let outcome = std::panic::catch_unwind(|| match &command {
         Command::Inspect(args) => inspect::run(args),
         Command::Merge(args) => rewrite::merge(args),
+        Command::Prune(args) => rewrite::prune(args),
         Command::Rewrite(args) => rewrite::rewrite(args),
         Command::Verify(args) => verify::run(args),
         Command::Bench(args) => bench::run(args),

@@ -1,4 +1,4 @@
-//! `vitrim merge` and `vitrim rewrite`: from one model file to another.
+//! `vitrim merge`, `vitrim prune` and `vitrim rewrite`: from one model file to another.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use vitrim_ir::Model;
 use vitrim_passes::driver::{self, Options, Report};
-use vitrim_passes::merge::Metric;
-use vitrim_passes::recipe::{Align, MergeSpec, PassSpec, RSpec, Recipe};
+use vitrim_passes::recipe::{Align, KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
+use vitrim_passes::reduce::Metric;
 use vitrim_passes::schedule::{Schedule, Step};
 
 use crate::verify::print;
@@ -20,6 +20,9 @@ pub struct OutputArgs {
     /// OpenVINO, Core ML)
     #[arg(long)]
     pub inline: bool,
+    /// Compute all tokens, also those that nothing reads
+    #[arg(long)]
+    pub keep_dead: bool,
     /// Rewrite a model that vitrim has written
     #[arg(long)]
     pub force: bool,
@@ -63,6 +66,10 @@ pub struct MergeArgs {
     /// What decides which tokens are alike
     #[arg(long, value_name = "WHAT", default_value = "key")]
     pub metric: MetricArg,
+    /// Make r an input of the model, `r` (an int64 scalar), for one file at every speed; -r is what it is where it is left
+    /// out
+    #[arg(long)]
+    pub runtime_r: bool,
     /// Add the output token_source: the final slot of every original token (token_source/NAME for each of several towers)
     #[arg(long)]
     pub trace_source: bool,
@@ -95,6 +102,63 @@ impl From<MetricArg> for Metric {
     }
 }
 
+/// Options of `vitrim prune`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PruneArgs {
+    /// The model to read
+    pub input: PathBuf,
+    /// The model to write
+    pub output: PathBuf,
+    /// Prune in this tower only, of a model with several (`vitrim inspect` names them) [default: in every one that allows
+    /// it]
+    #[arg(long, value_name = "NAME")]
+    pub tower: Option<String>,
+    /// Share of the patches to keep: 0.7 in the blocks of --at, or 1,1,0.7,… with one for each block
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', allow_negative_numbers = true, required = true)]
+    pub keep: Vec<f64>,
+    /// Blocks that prune, from 0 on [default: 3,6,9]
+    #[arg(long, value_name = "BLOCKS", value_delimiter = ',')]
+    pub at: Option<Vec<usize>>,
+    /// Make one token of those that leave, weighted by the attention that they receive (EViT)
+    #[arg(long)]
+    pub fuse: bool,
+    /// Share of the connections between patches that later blocks keep (Tri-Level E-ViT's attention level). It saves no
+    /// time: runtimes compute what a mask hides
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub attention_keep: Option<f64>,
+    /// Make the share an input of the model, `keep` (a float64 scalar), for one file at every speed; --keep is what it is
+    /// where it is left out
+    #[arg(long)]
+    pub runtime_keep: bool,
+    /// Add the output token_source: the final slot of every original token, -1 for those that were dropped
+    /// (token_source/NAME for each of several towers)
+    #[arg(long)]
+    pub trace_source: bool,
+    /// What to write.
+    #[command(flatten)]
+    pub output_args: OutputArgs,
+}
+
+impl PruneArgs {
+    /// The recipe that the short form stands for.
+    fn recipe(&self) -> Recipe {
+        let keep = match self.keep[..] {
+            [keep] => KeepSpec::Constant(keep),
+            ref list => KeepSpec::PerBlock(list.to_vec()),
+        };
+        let spec = PruneSpec {
+            tower: self.tower.clone(),
+            keep,
+            at: self.at.clone(),
+            fuse: self.fuse,
+            attention_keep: self.attention_keep,
+            runtime_keep: self.runtime_keep,
+            trace_source: self.trace_source,
+        };
+        Recipe { passes: vec![PassSpec::Prune(spec)] }
+    }
+}
+
 /// Options of `vitrim rewrite`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct RewriteArgs {
@@ -102,7 +166,7 @@ pub struct RewriteArgs {
     pub input: PathBuf,
     /// The model to write
     pub output: PathBuf,
-    /// The recipe, a TOML file
+    /// The recipe, a TOML file; one without passes leaves out what is computed for tokens that nothing reads, and no more
     #[arg(long, value_name = "FILE")]
     pub recipe: PathBuf,
     /// What to write.
@@ -132,6 +196,7 @@ impl MergeArgs {
             proportional: self.no_proportional.then_some(false),
             plain_pooling: self.plain_pooling,
             metric: (metric != Metric::Key).then_some(metric),
+            runtime_r: self.runtime_r,
             trace_source: self.trace_source,
         };
         Ok(Recipe { passes: vec![PassSpec::Merge(spec)] })
@@ -141,6 +206,11 @@ impl MergeArgs {
 /// Runs `vitrim merge`.
 pub fn merge(args: &MergeArgs) -> Result<ExitCode> {
     run(&args.input, &args.output, &args.recipe()?, &args.output_args)
+}
+
+/// Runs `vitrim prune`.
+pub fn prune(args: &PruneArgs) -> Result<ExitCode> {
+    run(&args.input, &args.output, &args.recipe(), &args.output_args)
 }
 
 /// Runs `vitrim rewrite`.
@@ -156,7 +226,7 @@ fn run(input: &Path, output: &Path, recipe: &Recipe, args: &OutputArgs) -> Resul
     }
     let model = Model::read(input)?;
     model.verify().with_context(|| format!("'{}' is not a valid model", input.display()))?;
-    let options = Options { inline: args.inline, force: args.force, ..Options::default() };
+    let options = Options { inline: args.inline, force: args.force, keep_dead: args.keep_dead, ..Options::default() };
     let (rewritten, report) = driver::rewrite(&model, recipe, options).with_context(|| input.display().to_string())?;
     let verified = rewritten.verify().map_err(|violations| vitrim_passes::Refusal::Internal(violations.to_string()))?;
     Model::write(verified, output, input)?;
@@ -212,7 +282,7 @@ fn steps_text(steps: &[Step]) -> String {
     if steps.is_empty() {
         return String::new();
     }
-    let head = ["block", "tokens in", "merged", "tokens out"].map(str::to_owned).to_vec();
+    let head = ["block", "tokens in", "removed", "tokens out"].map(str::to_owned).to_vec();
     let rows = steps.iter().enumerate().map(|(block, step)| {
         [block, step.before, step.removed, step.after()].map(|number| number.to_string()).to_vec()
     });

@@ -17,7 +17,7 @@ use vitrim::feeds::{self, FeedArgs};
 use vitrim::runtime::{self, RuntimeArgs};
 use vitrim::tensor::npz::write_npz;
 use vitrim::tensor::{self, NamedTensors};
-use vitrim_ir::{Attribute, DataType, Graph, GraphBuilder, Model, Patch, Tensor, TensorType};
+use vitrim_ir::{Attribute, DataType, Graph, GraphBuilder, Model, Patch, Tensor, TensorType, print_graph};
 
 impl Folder {
     fn bytes(&self, name: &str) -> Vec<u8> {
@@ -131,7 +131,7 @@ fn every_schedule_can_be_spelt() {
         (&["-r", "4", "--align", "auto"], [61, 57, 53, 49]),
         (&["-r", "1000", "--protect", "3"], [34, 19, 11, 7]),
     ] {
-        let json = folder.json(&[&["merge", &vit, "out.onnx"][..], request].concat());
+        let json = folder.json(&[&["merge", &vit, "out.onnx", "--keep-dead"][..], request].concat());
         assert_eq!(tokens(&json), expected, "{request:?}");
         let model = folder.model("out.onnx");
         let recorded = expected.map(|count| count.to_string()).join(",");
@@ -147,7 +147,7 @@ fn every_schedule_can_be_spelt() {
     let json = folder.json(&["merge", &half, "out.onnx", "-r", "4", "--align", "auto"]);
     assert!(tokens(&json).iter().all(|count| count % 8 == 0), "{json}");
     // What cannot be aligned is said, apart from the report.
-    let output = folder.run(&["merge", &vit, "out.onnx", "-r", "4", "--align", "64"]);
+    let output = folder.run(&["merge", &vit, "out.onnx", "-r", "4", "--align", "64", "--keep-dead"]);
     assert!(output.status.success() && !text(&output.stdout).contains("note"));
     assert_eq!(text(&output.stderr), "note: 4 block(s) cannot reach a multiple of 64 tokens and keep their r\n");
 }
@@ -219,9 +219,9 @@ fn source_tokens_are_traced() {
             assert_eq!(image.iter().filter(|&&slot| slot == 0.0).count(), 1);
         }
     }
-    // The model's own output is untouched by it.
-    folder.prints(&["merge", &vit(), "plain.onnx", "-r", "4"]);
-    folder.prints(&["merge", &vit(), "traced.onnx", "-r", "4", "--trace-source"]);
+    // The model's own output is untouched by it, but for what is computed for the trace alone.
+    folder.prints(&["merge", &vit(), "plain.onnx", "-r", "4", "--keep-dead"]);
+    folder.prints(&["merge", &vit(), "traced.onnx", "-r", "4", "--keep-dead", "--trace-source"]);
     let report = folder.json(&["verify", "plain.onnx", "traced.onnx", "--atol", "0"]);
     assert_eq!((&report["passed"], &report["extra_outputs"][0]), (&true.into(), &"token_source".into()));
 }
@@ -375,7 +375,7 @@ fn what_vitrim_wrote_is_not_rewritten_by_accident() {
         assert!(told.contains("the tokens cannot be regrouped: "), "{told}");
     }
     // Only the last block merges: the others are as they were. What is made of them must compute the right thing.
-    folder.prints(&["merge", &vit(), "late.onnx", "-r", "0,0,0,4", "--inline"]);
+    folder.prints(&["merge", &vit(), "late.onnx", "-r", "0,0,0,4", "--inline", "--keep-dead"]);
     folder.refuses(&["merge", "late.onnx", "twice.onnx", "-r", "4"]);
     let output = folder.run(&["merge", "late.onnx", "twice.onnx", "-r", "2,0,0,0", "--force"]);
     match output.status.code() {
@@ -383,12 +383,51 @@ fn what_vitrim_wrote_is_not_rewritten_by_accident() {
         code => assert_eq!(code, Some(2), "{}", text(&output.stderr)),
     }
     // A model in which nothing was changed is no rewritten model.
-    folder.prints(&["merge", &vit(), "same.onnx", "-r", "0"]);
+    folder.prints(&["merge", &vit(), "same.onnx", "-r", "0", "--keep-dead"]);
     assert_eq!(folder.model("same.onnx").metadata("vitrim.version"), None);
     folder.prints(&["verify", &vit(), "same.onnx", "--atol", "0"]);
     folder.prints(&["merge", "same.onnx", "again.onnx", "-r", "4"]);
     folder.prints(&["merge", &vit(), "direct.onnx", "-r", "4"]);
     assert!(folder.bytes("again.onnx") == folder.bytes("direct.onnx"));
+}
+
+/// Where only the class token is read, the last block has no other, and what it would merge is not merged.
+#[test]
+fn tokens_that_nothing_reads_are_left_out() {
+    let folder = Folder::new();
+    folder.write("none.toml", "");
+    folder.prints(&["rewrite", &vit(), "alone.onnx", "--recipe", "none.toml"]);
+    folder.prints(&["verify", &vit(), "alone.onnx", "--atol", "1e-5"]);
+    let alone = folder.model("alone.onnx");
+    assert_eq!((alone.metadata("vitrim.recipe"), alone.metadata("vitrim.tokens")), (Some("pass = []\n"), None));
+    assert!(folder.refuses(&["merge", "alone.onnx", "twice.onnx", "-r", "4"]).contains("was rewritten before"));
+    // The same graph as that of a merge that merges nothing.
+    folder.prints(&["merge", &vit(), "nothing.onnx", "-r", "0"]);
+    assert_eq!(print_graph(folder.model("nothing.onnx").graph()), print_graph(alone.graph()));
+
+    let merges = |rest: &[&str]| {
+        folder.prints(&[&["merge", &vit(), "out.onnx", "-r", "4"][..], rest].concat());
+        let model = folder.model("out.onnx");
+        model.graph().nodes().filter(|(_, node)| node.op.name == "TokenMerge").count()
+    };
+    // Whoever asks where tokens went asks for the last merge too.
+    assert_eq!((merges(&[]), merges(&["--keep-dead"]), merges(&["--trace-source"])), (3, 4, 4));
+    let json = |rest: &[&str]| folder.json(&[&["merge", &vit(), "out.onnx", "-r", "4"][..], rest].concat());
+    let (all, read) = (json(&["--keep-dead"]), json(&[]));
+    assert_eq!(all["report"]["notes"], serde_json::json!([]));
+    let note = read["report"]["notes"][0].as_str().expect("a note");
+    assert!(note.starts_with("dead tokens: ") && note.contains(" compute 1 of "), "{note}");
+    let flops = |report: &Json| report["report"]["cost_after"]["flops"].as_u64().expect("it is known");
+    assert!(flops(&read) < flops(&all), "{read}");
+
+    // What reads all tokens is left alone; so is a model that is none.
+    let features = zoo("timm_vit_features_ts17");
+    folder.prints(&["rewrite", &features, "same.onnx", "--recipe", "none.toml"]);
+    folder.prints(&["merge", &features, "direct.onnx", "-r", "0", "--keep-dead"]);
+    assert!(folder.bytes("same.onnx") == folder.bytes("direct.onnx"));
+    assert_eq!(folder.model("same.onnx").metadata("vitrim.version"), None);
+    let windows = folder.refuses(&["rewrite", &zoo("timm_swin_ts17"), "out.onnx", "--recipe", "none.toml"]);
+    assert!(windows.contains("the tokens cannot be regrouped: "), "{windows}");
 }
 
 /// A merge changes what `Shape` says; what the model computes from the token count must not notice.
@@ -432,6 +471,65 @@ fn token_counts_that_a_model_computes_with_stay() {
         assert_eq!(output["figures"]["max_abs"], 0.0, "{output}");
     }
     folder.prints(&["verify", "plain.onnx", "out.onnx", "--rtol", "1e-6"]);
+}
+
+#[test]
+fn every_share_can_be_spelt() {
+    let folder = Folder::new();
+    let vit = vit();
+    // Of 64 patches ⌈44.8⌉ stay, of those ⌈31.5⌉, and the class token.
+    for (request, expected) in [
+        (&["--keep", "0.7", "--at", "1"][..], [65, 46, 46, 46]),
+        (&["--keep", "0.7", "--at", "1,2"], [65, 46, 33, 33]),
+        (&["--keep", "1,0.7,0.7,1"], [65, 46, 33, 33]),
+        (&["--keep", "1,0.7"], [65, 46, 46, 46]),
+        (&["--keep", "1", "--at", "0,1,2,3"], [65, 65, 65, 65]),
+        (&["--keep", "0.999", "--at", "2"], [65, 65, 65, 65]),
+        // What leaves is one token more, and a patch like any other for the next pruning: of 46, ⌈32.2⌉.
+        (&["--keep", "0.7", "--at", "1,2", "--fuse"], [65, 47, 35, 35]),
+        (&["--keep", "0.01", "--at", "3"], [65, 65, 65, 2]),
+        (&["--keep", "0.7", "--at", "1", "--attention-keep", "0.5"], [65, 46, 46, 46]),
+    ] {
+        let json = folder.json(&[&["prune", &vit, "out.onnx"][..], request].concat());
+        assert_eq!(tokens(&json), expected, "{request:?}");
+        let model = folder.model("out.onnx");
+        let recorded = expected.map(|count| count.to_string()).join(",");
+        assert_eq!(model.metadata("vitrim.tokens"), Some(recorded.as_str()), "{request:?}");
+        let recipe = model.metadata("vitrim.recipe").expect("the recipe is recorded").to_owned();
+        folder.write("r.toml", &recipe);
+        folder.prints(&["rewrite", &vit, "rewritten.onnx", "--recipe", "r.toml"]);
+        assert!(folder.bytes("out.onnx") == folder.bytes("rewritten.onnx"), "{request:?}: {recipe}");
+        folder.prints(&["verify", &vit, "out.onnx", "--min-cosine", "0.5"]);
+    }
+}
+
+#[test]
+fn shares_that_make_no_sense_are_refused() {
+    let folder = Folder::new();
+    let vit = vit();
+    let old = zoo("timm_vit_features_ts17");
+    for (model, command, request, message) in [
+        (&vit, "prune", &["--keep", "0"][..], "lies outside 0 to 1"),
+        (&vit, "prune", &["--keep", "-0.5", "--at", "1"], "lies outside 0 to 1"),
+        (&vit, "prune", &["--keep", "1.5", "--at", "1"], "lies outside 0 to 1"),
+        (&vit, "prune", &["--keep", "NaN", "--at", "1"], "lies outside 0 to 1"),
+        (&vit, "prune", &["--keep", "0.7"], "in block 9, and the model has the blocks 0 to 3"),
+        (&vit, "prune", &["--keep", "1,1,1,1,0.7"], "in block 4"),
+        (&vit, "prune", &["--keep", "1,0.7", "--at", "1"], "leave at out"),
+        (&vit, "prune", &["--keep", "0.7", "--at", "1", "--attention-keep", "0"], "share of connections to keep"),
+        (&vit, "prune", &["--keep", "0.7", "--at", "1", "--fuse", "--runtime-keep"], "fixed"),
+        (&vit, "prune", &["--keep", "1,0.7", "--runtime-keep"], "say in which blocks with at"),
+        (&old, "merge", &["-r", "4,2", "--runtime-r"], "one r for all blocks"),
+    ] {
+        let told = folder.refuses(&[&[command, model, "out.onnx"][..], request].concat());
+        assert!(told.contains(message), "{request:?}\n{told}");
+    }
+    folder.write(
+        "r.toml",
+        "[[pass]]\nkind = \"merge\"\nr = 4\n[[pass]]\nkind = \"merge\"\nr = 4\nproportional = false\n",
+    );
+    let told = folder.refuses(&["rewrite", &vit, "out.onnx", "--recipe", "r.toml"]);
+    assert!(told.contains("must agree on proportional"), "{told}");
 }
 
 #[test]
@@ -495,7 +593,6 @@ fn recipes_with_errors_are_refused() {
     refused("[[pass]]\nkind = \"merge\"\n", "how much to merge is not given");
     refused("[[pass]]\nkind = \"merge\"\nr = 4\nratio = 0.1\n", "exclude each other");
     refused("[[pass]]\nkind = \"merge\"\nkeep_tokens = [3]\n", "block 0 cannot keep 3 of 65 tokens");
-    refused("", "no pass");
     refused("\u{0}\u{1}", "the recipe");
     let told = folder.refuses(&["rewrite", &vit(), "out.onnx", "--recipe", "none.toml"]);
     assert!(told.contains("cannot read none.toml"), "{told}");
@@ -510,7 +607,8 @@ fn reports_go_to_standard_output() {
     let merge = ["merge", &vit(), "out.onnx", "-r", "4"];
     let output = folder.run(&merge);
     let out = text(&output.stdout);
-    assert!(output.status.success() && output.stderr.is_empty());
+    let noted = text(&output.stderr);
+    assert!(output.status.success() && noted.starts_with("note: dead tokens: ") && noted.lines().count() == 1);
     for part in ["tokens out", "nodes   ", "GFLOPs  ", "written to out.onnx\n"] {
         assert!(out.contains(part), "{out}");
     }

@@ -1,17 +1,19 @@
-//! Whole models, merged, against the oracle's vectors: logits, where every token went, and token counts.
+//! Whole models, merged and pruned, against the oracle's vectors: logits, where every token went, and token counts.
 
 mod common;
 
 use std::path::PathBuf;
 
-use common::{Scratch, conclude, distance, fixtures, integers, ort, recipe, run, runtimes, vector, vector_index};
+use common::{Scratch, conclude, distance, fixtures, integers, ort, run, runtimes, vector, vector_index};
+use ndarray::{Array2, ArrayD};
 use serde_json::Value as Json;
 use vitrim::runtime::Feeds;
+use vitrim::tensor::NamedTensors;
 use vitrim_ir::Model;
 use vitrim_passes::driver::{self, Options};
-use vitrim_passes::merge::SOURCE_OUTPUT;
-use vitrim_passes::recipe::{MergeSpec, RSpec};
-use vitrim_passes::schedule::Schedule;
+use vitrim_passes::recipe::{KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
+use vitrim_passes::reduce::SOURCE_OUTPUT;
+use vitrim_passes::schedule::{Schedule, keep_count};
 
 /// What logits (of size 2) may differ from the oracle's, in float64: float32 roundings over up to 6 blocks, which cost
 /// the oracle's own float32 run up to 1e-6, and fused kernels that approximate erf and softmax to 1e-6 in each block.
@@ -38,37 +40,98 @@ struct Case {
     name: String,
     /// The weights' letter.
     weights: String,
-    spec: MergeSpec,
+    recipe: Recipe,
     json: Json,
 }
 
-/// The vectors of merging.
-fn cases() -> Vec<Case> {
+/// The vectors of these methods.
+fn cases(methods: &[&str]) -> Vec<Case> {
     let index = vector_index();
     let models = index["models"].as_array().expect("the index has models");
-    let merged = models.iter().filter(|model| model["method"]["name"] == "tome");
+    let chosen =
+        models.iter().filter(|model| model["method"]["name"].as_str().is_some_and(|name| methods.contains(&name)));
     let case = |json: &Json| {
         let name = json["file"].as_str().expect("a file").to_owned();
         assert!(json["margin"].as_f64().is_some_and(|margin| margin > MARGIN), "{name} is too close to call");
         assert!(json["change_by_method"].as_f64().is_some_and(|change| change > LEAST_CHANGE), "{name} shows nothing");
         let file = json["weights"].as_str().expect("a weights file");
         let weights = file.trim_start_matches("weights_").trim_end_matches(".npz").to_owned();
-        let (method, arch) = (&json["method"], &index["weights"][&weights]["arch"]);
-        // Without `protected` the oracle protects what the paper protects: class and distillation token.
-        let paper = 1 + arch["dist"].as_u64().unwrap_or(0);
-        let registers = arch["reg"].as_u64().unwrap_or(0) > 0;
-        let protect = method["protected"].as_u64().or(registers.then_some(paper));
-        let spec = MergeSpec {
-            r: Some(schedule(&method["schedule"])),
-            proportional: method["prop_attn"].as_bool(),
-            plain_pooling: json["config"]["pool"] == "avg",
-            protect: protect.map(|count| count as usize),
-            trace_source: true,
-            ..MergeSpec::default()
+        let passes = match json["method"]["name"].as_str() {
+            Some("tome") => vec![PassSpec::Merge(merging(json, &index["weights"][&weights]["arch"]))],
+            Some("mixed") => mixture(json),
+            _ => vec![PassSpec::Prune(pruning(&json["method"]))],
         };
-        Case { name, weights, spec, json: json.clone() }
+        Case { name, weights, recipe: Recipe { passes }, json: json.clone() }
     };
-    merged.map(case).collect()
+    chosen.map(case).collect()
+}
+
+fn merging(json: &Json, arch: &Json) -> MergeSpec {
+    let method = &json["method"];
+    // Without `protected` the oracle protects what the paper protects: class and distillation token.
+    let paper = 1 + arch["dist"].as_u64().unwrap_or(0);
+    let registers = arch["reg"].as_u64().unwrap_or(0) > 0;
+    let protect = method["protected"].as_u64().or(registers.then_some(paper));
+    MergeSpec {
+        r: Some(schedule(&method["schedule"])),
+        proportional: method["prop_attn"].as_bool(),
+        plain_pooling: json["config"]["pool"] == "avg",
+        protect: protect.map(|count| count as usize),
+        trace_source: true,
+        ..MergeSpec::default()
+    }
+}
+
+fn pruning(method: &Json) -> PruneSpec {
+    let share = |json: &Json| json.as_f64().expect("a share");
+    let (keep, at) = match method["keep_rates"].as_array() {
+        Some(rates) => (KeepSpec::PerBlock(rates.iter().map(share).collect()), None),
+        None => (KeepSpec::Constant(share(&method["ratio"])), Some(counts(&method["blocks"]))),
+    };
+    let (fuse, attention_keep) = (method["fuse"].as_bool().unwrap_or(false), method["attn_ratio"].as_f64());
+    PruneSpec { keep, at, fuse, attention_keep, trace_source: true, ..PruneSpec::default() }
+}
+
+/// A pass for each act of a mixture.
+fn mixture(json: &Json) -> Vec<PassSpec> {
+    let acts = json["method"]["acts"].as_array().expect("an act, or none, for each block");
+    let pass = |(block, act): (usize, &Json)| {
+        let trace_source = true;
+        Some(match (act[0].as_str()?, &act[1]) {
+            ("merge", r) => {
+                let r = r.as_u64().expect("a number of tokens") as usize;
+                let r = Some(RSpec::PerBlock([vec![0; block], vec![r]].concat()));
+                let plain_pooling = json["config"]["pool"] == "avg";
+                PassSpec::Merge(MergeSpec { r, plain_pooling, trace_source, ..MergeSpec::default() })
+            }
+            (_, share) => {
+                let keep = KeepSpec::Constant(share.as_f64().expect("a share"));
+                let (at, fuse) = (Some(vec![block]), act[2].as_bool().expect("whether to fuse"));
+                PassSpec::Prune(PruneSpec { keep, at, fuse, trace_source, ..PruneSpec::default() })
+            }
+        })
+    };
+    acts.iter().enumerate().filter_map(pass).collect()
+}
+
+/// The slot of every original token: what the steps of a vector do, one after the other.
+fn owner(json: &Json, arrays: &NamedTensors) -> ArrayD<i64> {
+    if let Some(owner) = arrays.get("out_owner") {
+        return integers(owner);
+    }
+    let steps = json["steps"].as_array().expect("steps").len();
+    let assign = |step: usize| {
+        let assign = integers(arrays.get(&format!("out_step{step}_assign")).expect("an assignment"));
+        assign.into_dimensionality().expect("a slot for each token of each image")
+    };
+    let follow = |owner: Array2<i64>, step: usize| {
+        let assign: Array2<i64> = assign(step);
+        Array2::from_shape_fn(owner.dim(), |(image, token)| match owner[[image, token]] {
+            slot @ 0.. => assign[[image, slot as usize]],
+            nowhere => nowhere,
+        })
+    };
+    (1..steps).fold(assign(0), follow).into_dyn()
 }
 
 /// The files of these weights: opset 17, and others where there are any.
@@ -84,10 +147,25 @@ fn counts(json: &Json) -> Vec<usize> {
 
 #[test]
 fn merged_models_are_what_the_oracle_says() {
-    let scratch = Scratch::new("model_vectors");
+    agree("merged", &["tome"], &[13, 17, 18]);
+}
+
+#[test]
+fn pruned_models_are_what_the_oracle_says() {
+    agree("pruned", &["prune", "evit", "trilevel"], &[13, 17]);
+}
+
+#[test]
+fn models_that_are_merged_and_pruned_are_what_the_oracle_says() {
+    agree("mixed", &["mixed"], &[13, 17, 18]);
+}
+
+/// Rewrites all cases of these methods, for which there are models of these opsets, and runs them everywhere.
+fn agree(what: &str, methods: &[&str], opsets_wanted: &[i64]) {
+    let scratch = Scratch::new(&format!("{what}_vectors"));
     let (mut count, mut failures) = (0, Vec::new());
     let mut opsets = Vec::new();
-    for case in cases() {
+    for case in cases(methods) {
         let arrays = vector(&case.name);
         let get = |name: &str| arrays.get(name).unwrap_or_else(|| panic!("{name} is in {}", case.name));
         let feeds = Feeds::from_iter([("images".to_owned(), get("in_images").clone())]);
@@ -98,7 +176,7 @@ fn merged_models_are_what_the_oracle_says() {
             let what = format!("{} at opset {opset}", case.name);
             for inline in [false, true] {
                 let options = Options { inline, ..Options::default() };
-                let (merged, report) = driver::rewrite(&model, &recipe(case.spec.clone()), options)
+                let (merged, report) = driver::rewrite(&model, &case.recipe, options)
                     .unwrap_or_else(|refusal| panic!("{what}: {refusal}"));
                 assert_eq!(merged.functions().is_empty(), inline, "{what}: functions");
                 let before: Vec<usize> = report.steps.iter().map(|step| step.before).collect();
@@ -116,15 +194,15 @@ fn merged_models_are_what_the_oracle_says() {
                     if apart > LOGIT_TOLERANCE {
                         failures.push(format!("{what} in {}, inline {inline}: logits {apart:e} off", backend.name()));
                     }
-                    if source != integers(get("out_owner")) {
+                    if source != owner(&case.json, &arrays) {
                         failures.push(format!("{what} in {}, inline {inline}: tokens went elsewhere", backend.name()));
                     }
                 }
             }
         }
     }
-    assert!(opsets.contains(&13) && opsets.contains(&17) && opsets.contains(&18), "an opset is missing: {opsets:?}");
-    conclude("model vectors", count, &failures);
+    assert!(opsets_wanted.iter().all(|opset| opsets.contains(opset)), "an opset is missing: {opsets:?}");
+    conclude(&format!("{what} model vectors"), count, &failures);
 }
 
 /// The reference itself: without it, agreement on merged models could be two wrongs.
@@ -153,6 +231,23 @@ fn models_that_are_not_merged_are_what_the_oracle_says() {
         }
     }
     conclude("models as they are", count, &failures);
+}
+
+#[test]
+fn kept_counts_are_what_the_oracle_says() {
+    let index = vector_index();
+    let inline = index["inline"].as_array().expect("the index has inline cases");
+    let (mut count, mut failures) = (0, Vec::new());
+    for case in inline.iter().filter(|case| case["op"] == "trilevel.keep_count") {
+        let (args, expected) = (&case["args"], case["expected"].as_u64().expect("a count"));
+        let (tokens, ratio) = (args["n"].as_u64().expect("a count"), args["ratio"].as_f64().expect("a share"));
+        count += 1;
+        let kept = keep_count(tokens as usize, ratio);
+        if kept as u64 != expected {
+            failures.push(format!("{ratio} of {tokens}: {kept}, not {expected}"));
+        }
+    }
+    conclude("kept counts", count, &failures);
 }
 
 #[test]

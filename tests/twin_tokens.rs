@@ -20,9 +20,9 @@ use vitrim::runtime::{Feeds, Outputs};
 use vitrim::tensor::Tensor;
 use vitrim_ir::{DataType, Effect, Model, NodeId, Patch, ValueId};
 use vitrim_passes::driver;
-use vitrim_passes::merge::SOURCE_OUTPUT;
 use vitrim_passes::recipe::{MergeSpec, RSpec};
 use vitrim_passes::recognise::{VitModel, recognise};
+use vitrim_passes::reduce::SOURCE_OUTPUT;
 
 /// Merging twins changes only how sums are split: float32 roundings of 6e-8, over a few blocks.
 const TOLERANCE: f64 = 1e-4;

@@ -3,15 +3,17 @@
 mod common;
 
 use common::{
-    Entry, Scratch, conclude, constant, fixtures, images, integers, kernels, load, merge, ort, relative, tract,
-    try_run, zoo,
+    Entry, Scratch, conclude, constant, fixtures, images, integers, kernels, load, merge, merge_all, ort, relative,
+    tract, try_run, without_dead_tokens, zoo,
 };
 use serde_json::Value as Json;
 use vitrim::inspect::Inspection;
 use vitrim::runtime::{Feeds, Outputs};
 use vitrim::tensor::compare::Comparison;
-use vitrim_passes::merge::SOURCE_OUTPUT;
+use vitrim_ir::Model;
+use vitrim_passes::driver;
 use vitrim_passes::recipe::MergeSpec;
+use vitrim_passes::reduce::SOURCE_OUTPUT;
 
 /// With nothing merged the graph computes the same function, in float32 up to what another fusion of the same
 /// operators costs.
@@ -94,10 +96,7 @@ fn merged_models_run_and_keep_the_shapes_of_outputs() {
         let removes = report.steps.is_empty() || report.steps.iter().any(|step| step.removed > 0);
         assert!(removes, "{} is too small to merge {R} tokens", entry.name);
         let path = scratch.save_as(&entry.name, &merged, &entry.model);
-        let session = load(ort().as_ref(), &entry.model);
-        let both = entry.feeds(session.as_ref()).into_iter().next().expect("a recorded run");
-        let open = session.inputs().iter().all(|port| port.fixed_batch().is_none());
-        let batches: Vec<Feeds> = if open { vec![both.clone(), images(&both, 0, 1)] } else { vec![both] };
+        let batches = two_batches(&entry);
         // tract plans anew for every shape, which takes longer than running; one is enough to see whether it can.
         for (backend, batches) in [(ort(), &batches[..]), (tract(), &batches[..1])] {
             for feeds in batches {
@@ -166,6 +165,123 @@ fn plain_attention_becomes_one_operator() {
     }
     assert!(count > 0, "no plain model is here");
     conclude("plain attention", count, &failures);
+}
+
+/// Models all of whose tokens are read, and by what.
+const ALL_READ: [(&str, &str); 18] = [
+    ("flax_linen_vit_gap_op17", "a mean over tokens"),
+    ("hf_dinov2_dynamo18", "a class token and a mean over the others"),
+    ("hf_dinov2_swiglu_ts17", "an output"),
+    ("hf_dinov2_ts17", "a class token and a mean over the others"),
+    ("hf_siglip_vision_dynamo18", "attention of a learned query"),
+    ("hf_siglip_vision_ts17", "an output, and attention of a learned query"),
+    ("hf_vitmodel_pooler_ts17", "an output"),
+    ("keras_hub_vit_export", "an output"),
+    ("keras_mha_vit_flatten_tf2onnx17", "a product with tokens and channels as one axis"),
+    ("keras_mha_vit_tf2onnx15", "a mean over tokens"),
+    ("openclip_tokens_ts17", "an output"),
+    ("timm_eva02_rope_dynamo18", "a mean over tokens"),
+    ("timm_eva02_rope_ts17", "a mean over tokens"),
+    ("timm_eva_qkvbias_ts17", "a mean over tokens"),
+    ("timm_vit_avg_nocls_dynamo18", "a mean over tokens"),
+    ("timm_vit_avg_nocls_ts17", "a mean over tokens"),
+    ("timm_vit_cls_avgpool_ts17", "a mean over tokens"),
+    ("timm_vit_features_ts17", "an output"),
+];
+
+/// What is left of the work, at most, where the last block has one or two tokens: the models of the zoo have 3 to 6 of
+/// them, and in some of them the operator of the attention itself needs all tokens.
+const LEFT: f64 = 0.87;
+
+/// Of the recorded feeds, as they are and, where batches are open, of the first image alone.
+fn two_batches(entry: &Entry) -> Vec<Feeds> {
+    let session = load(ort().as_ref(), &entry.model);
+    let both = entry.feeds(session.as_ref()).into_iter().next().expect("a recorded run");
+    let open = session.inputs().iter().all(|port| port.fixed_batch().is_none());
+    if open { vec![images(&both, 0, 1), both] } else { vec![both] }
+}
+
+fn bytes(model: &Model) -> Vec<u8> {
+    Model::to_bytes(model.verify().unwrap_or_else(|violations| panic!("{violations}")))
+}
+
+/// A token that nothing reads is not computed, whoever exported the model, and everything stays what it was.
+#[test]
+fn dead_tokens_are_not_computed() {
+    let scratch = Scratch::new("dead");
+    let (mut count, mut in_tract, mut shrunk, mut failures) = (0, 0, 0, Vec::new());
+    for entry in zoo() {
+        let model = entry.read();
+        let Ok((rewritten, report)) = without_dead_tokens(&model) else { continue };
+        let applies = report.notes.iter().any(|note| note.starts_with("dead tokens: "));
+        if ALL_READ.iter().any(|(name, _)| *name == entry.name) {
+            let (same, _) = driver::prepare(&model).unwrap_or_else(|refusal| panic!("{refusal}"));
+            if applies || bytes(&rewritten) != bytes(&same) {
+                failures.push(format!("{}: all tokens are read", entry.name));
+            }
+            continue;
+        }
+        shrunk += 1;
+        let left = report.cost_before.zip(report.cost_after).map(|(all, left)| left.flops as f64 / all.flops as f64);
+        if !applies || left.is_some_and(|left| left > LEFT) {
+            failures.push(format!("{}: {left:?} of the work is left, {:?}", entry.name, report.notes));
+        }
+        let path = scratch.save_as(&entry.name, &rewritten, &entry.model);
+        let coarse = entry.is_coarse(&model);
+        for feeds in two_batches(&entry) {
+            for backend in [ort(), tract()] {
+                let reference = match try_run(backend.as_ref(), &entry.model, &feeds) {
+                    Ok(outputs) => outputs,
+                    // What tract does not run to begin with proves nothing; ONNX Runtime runs the whole zoo.
+                    Err(_) if backend.name() == "tract" => continue,
+                    Err(reason) => panic!("{reason}"),
+                };
+                count += 1;
+                in_tract += usize::from(backend.name() == "tract");
+                match try_run(backend.as_ref(), &path, &feeds) {
+                    Ok(outputs) => failures.extend(difference(&entry, coarse, &reference, &outputs)),
+                    Err(reason) => failures.push(reason),
+                }
+            }
+        }
+    }
+    assert!(in_tract > 0, "tract runs no model of the zoo");
+    println!("{shrunk} models, {in_tract} of the runs in tract");
+    conclude("dead tokens", count, &failures);
+}
+
+/// The same behind merges, with native kernels and without.
+#[test]
+fn dead_tokens_of_merged_models_are_not_computed() {
+    let scratch = Scratch::new("dead_merged");
+    let (mut count, mut failures) = (0, Vec::new());
+    for entry in zoo() {
+        let model = entry.read();
+        let (Ok((all, _)), Ok((merged, report))) = (merge_all(&model, constant(R)), merge(&model, constant(R))) else {
+            continue;
+        };
+        let applies = report.notes.iter().any(|note| note.starts_with("dead tokens: "));
+        if applies == ALL_READ.iter().any(|(name, _)| *name == entry.name) {
+            failures.push(format!("{}: {:?}", entry.name, report.notes));
+        }
+        if !applies {
+            continue;
+        }
+        let paths = [("all", &all), ("merged", &merged)]
+            .map(|(name, model)| scratch.save_as(&format!("{}.{name}", entry.name), model, &entry.model));
+        let coarse = entry.is_coarse(&model);
+        for feeds in two_batches(&entry) {
+            for backend in [ort(), kernels()] {
+                count += 1;
+                let outputs = [&paths[0], &paths[1]].map(|path| try_run(backend.as_ref(), path, &feeds));
+                match &outputs {
+                    [Ok(reference), Ok(outputs)] => failures.extend(difference(&entry, coarse, reference, outputs)),
+                    [Err(reason), _] | [_, Err(reason)] => failures.push(reason.clone()),
+                }
+            }
+        }
+    }
+    conclude("dead tokens of merged models", count, &failures);
 }
 
 /// Kernels take other routes to the same numbers: sums in another order, an exponential of their own, and no scores in

@@ -386,6 +386,21 @@ impl Graph {
         outputs.filter(move |&(_, &output)| output == value).map(|(slot, _)| slot)
     }
 
+    /// Whether a graph output depends on `value` through readers other than those to skip.
+    pub fn reaches_output(&self, value: ValueId, skipped: impl Fn(&Use) -> bool) -> bool {
+        let mut seen = HashSet::from([value]);
+        let mut open = vec![value];
+        while let Some(value) = open.pop() {
+            if self.output_slots(value).next().is_some() {
+                return true;
+            }
+            let readers = self.value(value).uses().iter().filter(|reader| !skipped(reader));
+            let results = readers.flat_map(|reader| self.node(reader.node).results());
+            open.extend(results.filter(|&result| seen.insert(result)));
+        }
+        false
+    }
+
     /// The value of that name.
     pub fn find_value(&self, name: &str) -> Option<ValueId> {
         self.values().find(|(_, value)| value.name == name).map(|(id, _)| id)

@@ -1,4 +1,5 @@
-//! Which operands of an operator are what: the factors of a product, its bias, and what quantised integers stand for.
+//! Which operands of an operator are what: the factors of a product, its bias, what is combined entry by entry, and what
+//! quantised integers stand for.
 
 use crate::{Node, ValueId};
 
@@ -54,13 +55,40 @@ impl Node {
     }
 
     /// The operand that a product adds to what it multiplies.
-    pub(crate) fn bias(&self) -> Option<usize> {
+    pub fn bias(&self) -> Option<usize> {
         match self.known_op()? {
             "Gemm" | "FusedGemm" | "GemmFastGelu" => Some(2),
             "DynamicQuantizeMatMul" => Some(4),
             "MatMulIntegerToFloat" | "QGemm" => Some(6),
             _ => None,
         }
+    }
+
+    /// The operands that it combines entry by entry, with broadcasting; `None` if it does anything else.
+    pub fn elementwise_operands(&self) -> Option<Vec<(usize, ValueId)>> {
+        let name = self.known_op()?;
+        match name {
+            "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "BiasAdd"
+            | "Relu" | "LeakyRelu" | "Elu" | "Celu" | "Selu" | "PRelu" | "HardSigmoid" | "HardSwish" | "Mish"
+            | "Swish" | "Sigmoid" | "Tanh" | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal"
+            | "Neg" | "Abs" | "Sign" | "Floor" | "Ceil" | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin"
+            | "Cos" | "CastLike" | "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod"
+            | "And" | "Or" | "Xor" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where"
+            | "SwiGLU" | "BitCast" | "QLinearAdd" | "QLinearMul" | "QLinearSigmoid" | "QLinearLeakyRelu"
+            | "QLinearWhere" => {}
+            _ => return None,
+        }
+        // Ratio, training flag, bounds and target types are no tensors of entries.
+        let count = if matches!(name, "Dropout" | "Clip" | "CastLike") { 1 } else { usize::MAX };
+        Some(self.data_operands().take(count).collect())
+    }
+
+    /// The axes whose extents it states, of an operand with `rank` axes: for `Shape`.
+    pub fn stated_axes(&self, rank: usize) -> std::ops::Range<usize> {
+        let rank = rank as i64;
+        let position = |at: i64| (if at < 0 { at.saturating_add(rank) } else { at }).clamp(0, rank) as usize;
+        let first = position(self.int("start").unwrap_or(0));
+        first..position(self.int("end").unwrap_or(rank)).max(first)
     }
 
     /// Its operands that are quantised: their slots, and what the integers stand for.

@@ -22,6 +22,7 @@ pub struct Patch {
     rewires: Vec<Rewire>,
     outputs: Vec<(usize, ValueId)>,
     new_outputs: Vec<(String, ValueId, TensorType)>,
+    new_inputs: Vec<ValueId>,
     attributes: Vec<(NodeId, String, Attribute)>,
     types: Vec<(ValueId, ValueInfo)>,
     forgotten: Vec<ValueId>,
@@ -95,6 +96,7 @@ impl Patch {
             rewires: Vec::new(),
             outputs: Vec::new(),
             new_outputs: Vec::new(),
+            new_inputs: Vec::new(),
             attributes: Vec::new(),
             types: Vec::new(),
             forgotten: Vec::new(),
@@ -109,7 +111,13 @@ impl Patch {
 
     /// Whether it changes nothing. New nodes and constants alone are no change: nothing reads them.
     pub fn is_empty(&self) -> bool {
-        let edits = [self.rewires.len(), self.outputs.len(), self.new_outputs.len(), self.attributes.len()];
+        let edits = [
+            self.rewires.len(),
+            self.outputs.len(),
+            self.new_outputs.len(),
+            self.new_inputs.len(),
+            self.attributes.len(),
+        ];
         let notes =
             [self.types.len(), self.forgotten.len(), self.functions.len(), self.imports.len(), self.metadata.len()];
         !self.sweeps && edits.into_iter().chain(notes).all(|count| count == 0)
@@ -123,6 +131,13 @@ impl Patch {
     /// A new initializer.
     pub fn constant(&mut self, hint: &str, tensor: Tensor) -> ValueId {
         self.value(hint, Def::Initializer(tensor))
+    }
+
+    /// A new graph input of that name which may be left out: then it is `default`.
+    pub fn input(&mut self, name: &str, default: Tensor) -> ValueId {
+        let value = self.value(name, Def::Initializer(default));
+        self.new_inputs.push(value);
+        value
     }
 
     /// A new value; where `def` is [`Def::Undefined`], a node added later must give it.
@@ -315,7 +330,7 @@ impl Patch {
             if constant {
                 graph.initializers.push(id);
                 // Before version 4 of the format every initializer had to be an input as well.
-                if self.ir_version < 4 {
+                if self.ir_version < 4 || self.new_inputs.contains(&id) {
                     graph.inputs.push(id);
                     graph.value_mut(id).info = ty.as_ref().map(ValueInfo::of);
                 }

@@ -1,7 +1,8 @@
 //! The work of a model, as far as token counts change it: multiplications of matrices and convolutions.
 
 use serde::Serialize;
-use vitrim_ir::{Expr, FusedAttention, Model, Node, Operands, ValueId};
+use vitrim_ir::{Expr, FusedAttention, Graph, Model, Node, Operands, ValueId};
+use vitrim_ops::{Attention, OpDef, ProportionalAttention};
 
 use crate::recognise::VitModel;
 use crate::schedule::Step;
@@ -11,6 +12,13 @@ use crate::schedule::Step;
 pub struct Cost {
     /// Floating-point operations of matrix products and convolutions (a multiplication and an addition are two).
     pub flops: u64,
+}
+
+impl Cost {
+    /// What is left when that much is saved.
+    pub(crate) fn without(self, saved: Self) -> Self {
+        Self { flops: self.flops.saturating_sub(saved.flops) }
+    }
 }
 
 /// The work of the model when each block does to the token count what `steps` say; without steps, as it is.
@@ -26,11 +34,7 @@ pub fn cost(model: &Model, vit: &VitModel, steps: &[Step]) -> Option<Cost> {
     let mut flops = 0u64;
     for (id, node) in graph.nodes() {
         let count = node.operands().filter_map(|value| count_of.get(&value).copied()).min().unwrap_or(tokens);
-        let own = match FusedAttention::of(graph, node) {
-            Some(fused) => attention_flops(vit, node, &fused, count),
-            None => node_flops(vit, node, count),
-        };
-        flops = flops.checked_add(own?)?;
+        flops = flops.checked_add(self::flops(graph, node, &|value| extents(vit, value, count))?)?;
         let after = match cuts.iter().position(|&cut| cut == id) {
             Some(block) => steps.get(block).map_or(count, |step| step.after() as i64),
             None => count,
@@ -54,20 +58,35 @@ fn extents(vit: &VitModel, value: ValueId, tokens: i64) -> Option<Vec<i64>> {
     }
 }
 
+/// The extents of a value, for one image.
+type Extents<'a> = &'a dyn Fn(ValueId) -> Option<Vec<i64>>;
+
 fn product(extents: &[i64]) -> Option<u64> {
     extents.iter().try_fold(1u64, |all, &extent| all.checked_mul(u64::try_from(extent).ok()?))
 }
 
+/// The work of one node, where `extents` has the extents of its operands and results.
+pub(crate) fn flops(graph: &Graph, node: &Node, extents: Extents<'_>) -> Option<u64> {
+    if [&Attention as &dyn OpDef, &ProportionalAttention].iter().any(|op| op.op_type() == node.op) {
+        let keys = u64::try_from(*extents(node.input(1)?)?.get(1)?).ok()?;
+        return product(&extents(node.output(0)?)?)?.checked_mul(keys)?.checked_mul(4);
+    }
+    match FusedAttention::of(graph, node) {
+        Some(fused) => attention_flops(node, &fused, extents),
+        None => node_flops(node, extents),
+    }
+}
+
 /// Scores and mixing, and the projection where the operator does it itself.
-fn attention_flops(vit: &VitModel, node: &Node, fused: &FusedAttention, tokens: i64) -> Option<u64> {
+fn attention_flops(node: &Node, fused: &FusedAttention, extents: Extents<'_>) -> Option<u64> {
     let rows = |slot: usize| {
-        let extents = extents(vit, node.input(fused.slots()[slot])?, tokens)?;
+        let extents = extents(node.input(fused.slots()[slot])?)?;
         Some((extents[extents.len().checked_sub(2)?], extents))
     };
     let ((_, mut queries), (keys, _)) = (rows(0)?, rows(1)?);
     let mut projection = 0;
     if fused.operands != Operands::Apart {
-        let columns = extents(vit, node.input(1)?, tokens)?.pop()?;
+        let columns = extents(node.input(1)?)?.pop()?;
         projection = product(&queries)?.checked_mul(u64::try_from(columns).ok()?)?.checked_mul(2)?;
         *queries.last_mut()? =
             node.ints("qkv_hidden_sizes").and_then(|sizes| sizes.first().copied()).unwrap_or(columns / 3);
@@ -75,30 +94,30 @@ fn attention_flops(vit: &VitModel, node: &Node, fused: &FusedAttention, tokens: 
     product(&queries)?.checked_mul(u64::try_from(keys).ok()?)?.checked_mul(4)?.checked_add(projection)
 }
 
-fn node_flops(vit: &VitModel, node: &Node, tokens: i64) -> Option<u64> {
+fn node_flops(node: &Node, extents: Extents<'_>) -> Option<u64> {
     let name = node.op.name.as_str();
     let inner = match name {
         name if name != "Einsum" && node.factors().is_some() => {
             let [left, _] = node.factors()?;
-            let a = extents(vit, node.input(left)?, tokens)?;
+            let a = extents(node.input(left)?)?;
             let last = a.len().checked_sub(1)?;
             let transposed = node.int("transA").unwrap_or(0) != 0;
             *a.get(if transposed { last.checked_sub(1)? } else { last })?
         }
         "MatMulNBits" | "MatMulBnb4" => node.int("K")?,
         "Conv" | "FusedConv" | "ConvInteger" | "QLinearConv" => {
-            let kernel = extents(vit, node.input(if name == "QLinearConv" { 3 } else { 1 })?, tokens)?;
+            let kernel = extents(node.input(if name == "QLinearConv" { 3 } else { 1 })?)?;
             kernel.get(1..)?.iter().product()
         }
         "Einsum" => {
-            let (a, b) = (extents(vit, node.input(0)?, tokens)?, extents(vit, node.input(1)?, tokens)?);
-            let out = extents(vit, node.output(0)?, tokens)?;
+            let (a, b) = (extents(node.input(0)?)?, extents(node.input(1)?)?);
+            let out = extents(node.output(0)?)?;
             // Every index of a product appears twice among operands and result, so their product is a square.
             let all = product(&a)? as f64 * product(&b)? as f64 * product(&out)? as f64;
             return Some((2.0 * all.sqrt()) as u64);
         }
         _ => return Some(0),
     };
-    let out = extents(vit, node.output(0)?, tokens)?;
+    let out = extents(node.output(0)?)?;
     product(&out)?.checked_mul(u64::try_from(inner).ok()?)?.checked_mul(2)
 }

@@ -9,12 +9,12 @@ use vitrim_ir::{
 };
 use vitrim_ops::{Attention, DOMAIN, OpDef, ProportionalAttention};
 
-use crate::Refusal;
 use crate::cost::{Cost, cost};
-use crate::merge::{Merge, Reduction, SOURCE_OUTPUT};
-use crate::recipe::{MergeSpec, PassSpec, Recipe};
+use crate::recipe::{PassSpec, Recipe};
 use crate::recognise::{self, Tower, VitModel};
+use crate::reduce::{Reduction, SOURCE_OUTPUT};
 use crate::schedule::Step;
+use crate::{Refusal, dead};
 
 /// Key of the recipe in a model's `metadata_props`.
 pub const RECIPE_KEY: &str = "vitrim.recipe";
@@ -42,8 +42,10 @@ pub struct Options {
     pub inline: bool,
     /// Rewrite a model that was rewritten before.
     pub force: bool,
-    /// How tokens are removed.
-    pub reduction: Reduction,
+    /// Cut tokens off instead of reducing them: the slicing floor ([`Reduction::sliced`]).
+    pub sliced: bool,
+    /// Compute all tokens, also those that nothing reads.
+    pub keep_dead: bool,
 }
 
 /// What was done.
@@ -103,7 +105,7 @@ pub fn prepare(model: &Model) -> Result<(Model, Vec<String>), Refusal> {
     Ok((model, notes))
 }
 
-/// Applies the passes of a recipe.
+/// Applies the passes of a recipe, and leaves out tokens that nothing reads.
 pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Model, Report), Refusal> {
     if let Some(version) = model.metadata(VERSION_KEY).filter(|_| !options.force) {
         return Err(Refusal::Request(format!(
@@ -117,8 +119,12 @@ pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Mode
     let report = Report { notes, nodes_before, cost_before, cost_after: cost_before, ..Report::default() };
     let (original, towers) = (&original, towers.as_slice());
     let mut rewrite = Rewrite { original, towers, model: original.clone(), options, report, changed: false };
-    for PassSpec::Merge(spec) in &recipe.passes {
-        rewrite.merge(spec)?;
+    if !recipe.passes.is_empty() {
+        rewrite.reduce(&recipe.passes)?;
+    }
+    // What is an input of the model has a default, which must not be taken for what it is.
+    if !options.keep_dead && !recipe.passes.iter().any(PassSpec::at_run_time) {
+        rewrite.eliminate_dead_tokens()?;
     }
     rewrite.finish(recipe)
 }
@@ -135,15 +141,23 @@ struct Rewrite<'a> {
 }
 
 impl<'a> Rewrite<'a> {
-    /// Merges in the tower that the pass names, or in every tower that allows it, one after the other.
-    fn merge(&mut self, spec: &MergeSpec) -> Result<(), Refusal> {
-        if let Some(name) = &spec.tower {
-            return self.merge_tower(Tower::named(self.towers, name)?, spec);
+    /// Reduces the tokens of every tower that passes name, and of those that allow it for the passes that name none: all
+    /// passes that concern a tower at once.
+    fn reduce(&mut self, passes: &[PassSpec]) -> Result<(), Refusal> {
+        for name in passes.iter().filter_map(PassSpec::tower) {
+            Tower::named(self.towers, name)?;
         }
         let mut refused = Vec::new();
         for tower in self.towers {
-            match self.merge_tower(tower, spec) {
+            let named = |pass: &&PassSpec| pass.tower() == Some(&tower.name);
+            let concerned = |pass: &&PassSpec| named(pass) || pass.tower().is_none();
+            let passes_of_tower: Vec<&PassSpec> = passes.iter().filter(concerned).collect();
+            if passes_of_tower.is_empty() {
+                continue;
+            }
+            match self.reduce_tower(tower, &passes_of_tower) {
                 Err(Refusal::Internal(reason)) => return Err(Refusal::Internal(reason)),
+                Err(refusal) if passes_of_tower.iter().any(named) => return Err(refusal),
                 Err(refusal) => refused.push((&tower.name, refusal)),
                 Ok(()) => {}
             }
@@ -156,24 +170,26 @@ impl<'a> Rewrite<'a> {
         Ok(())
     }
 
-    fn merge_tower(&mut self, tower: &'a Tower, spec: &MergeSpec) -> Result<(), Refusal> {
+    fn reduce_tower(&mut self, tower: &'a Tower, passes: &[&PassSpec]) -> Result<(), Refusal> {
         let several = self.towers.len() > 1;
         let vit = self.current(tower)?;
         let half = vit.shapes.dtype(vit.axes.origin()) == Some(DataType::F16);
-        let mut merge = Merge { reduction: self.options.reduction, ..spec.resolve(vit.tokens().as_known(), half)? };
-        if several {
-            merge.trace_source = merge.trace_source.map(|_| format!("{SOURCE_OUTPUT}/{}", tower.name));
-        }
-        let proposal = merge.propose(&self.model, &vit)?;
+        let tokens = vit.tokens().as_known();
+        let name = if several { format!("{SOURCE_OUTPUT}/{}", tower.name) } else { SOURCE_OUTPUT.to_owned() };
+        let reduction = Reduction {
+            methods: passes.iter().map(|pass| pass.resolve(tokens, half)).collect::<Result<_, _>>()?,
+            trace_source: passes.iter().any(|pass| pass.trace_source()).then_some(name),
+            sliced: self.options.sliced,
+        };
+        let proposal = reduction.propose(&self.model, &vit)?;
         self.changed |= !proposal.patch.is_empty();
         self.model = apply(&self.model, proposal.patch)?;
         let saved = tower.found.as_ref().ok().and_then(|vit| {
             let flops = |steps| Some(cost(self.original, vit, steps)?.flops);
-            flops(&[])?.checked_sub(flops(&proposal.steps)?)
+            Some(Cost { flops: flops(&[])?.checked_sub(flops(&proposal.steps)?)? })
         });
         let report = &mut self.report;
-        report.cost_after =
-            report.cost_after.zip(saved).map(|(cost, saved)| Cost { flops: cost.flops.saturating_sub(saved) });
+        report.cost_after = report.cost_after.zip(saved).map(|(cost, saved)| cost.without(saved));
         let of = if several { format!("the tower '{}': ", tower.name) } else { String::new() };
         report.notes.extend(proposal.notes.iter().map(|note| format!("{of}{note}")));
         if several {
@@ -182,6 +198,22 @@ impl<'a> Rewrite<'a> {
         if report.steps.is_empty() {
             report.steps = proposal.steps;
         }
+        Ok(())
+    }
+
+    /// Leaves out tokens that nothing reads, of all towers at once.
+    fn eliminate_dead_tokens(&mut self) -> Result<(), Refusal> {
+        let found = self.towers.iter().map(|tower| tower.found.as_ref());
+        let towers: Vec<&VitModel> = found.clone().filter_map(Result::ok).collect();
+        if let (true, Some(Err(refusal))) = (towers.is_empty(), found.into_iter().next()) {
+            return Err(refusal.clone());
+        }
+        let proposal = dead::propose(&self.model, &towers)?;
+        self.changed |= !proposal.patch.is_empty();
+        self.model = apply(&self.model, proposal.patch)?;
+        let report = &mut self.report;
+        report.cost_after = report.cost_after.zip(proposal.saved).map(|(cost, saved)| cost.without(saved));
+        report.notes.extend(proposal.notes);
         Ok(())
     }
 

@@ -5,12 +5,14 @@
 #![forbid(unsafe_code)]
 
 pub mod cost;
+pub mod dead;
 pub mod driver;
-pub mod merge;
 pub mod probe;
 pub mod recipe;
 pub mod recognise;
+pub mod reduce;
 pub mod schedule;
+mod target;
 
 /// Why a model is left alone: what, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

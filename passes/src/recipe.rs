@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Refusal;
-use crate::merge::{Merge, Metric, SOURCE_OUTPUT};
-use crate::schedule::Schedule;
+use crate::reduce::{Merge, Method, Metric, Prune};
+use crate::schedule::{KeepSchedule, Schedule};
 
-/// Passes in order.
+/// Passes in order. Without any, dead tokens alone are eliminated.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
@@ -21,6 +21,42 @@ pub struct Recipe {
 pub enum PassSpec {
     /// Token merging.
     Merge(MergeSpec),
+    /// Token pruning.
+    Prune(PruneSpec),
+}
+
+impl PassSpec {
+    /// Which tower it is for; every one that allows it where not given.
+    pub fn tower(&self) -> Option<&str> {
+        match self {
+            Self::Merge(spec) => spec.tower.as_deref(),
+            Self::Prune(spec) => spec.tower.as_deref(),
+        }
+    }
+
+    /// Whether to add the output that tells where tokens went.
+    pub fn trace_source(&self) -> bool {
+        match self {
+            Self::Merge(spec) => spec.trace_source,
+            Self::Prune(spec) => spec.trace_source,
+        }
+    }
+
+    /// Whether how much is an input of the model.
+    pub fn at_run_time(&self) -> bool {
+        match self {
+            Self::Merge(spec) => spec.runtime_r,
+            Self::Prune(spec) => spec.runtime_keep,
+        }
+    }
+
+    /// The method, for a model of `tokens` tokens in half precision or not.
+    pub fn resolve(&self, tokens: Option<i64>, half: bool) -> Result<Method, Refusal> {
+        match self {
+            Self::Merge(spec) => spec.resolve(tokens, half).map(Method::Merge),
+            Self::Prune(spec) => spec.resolve().map(Method::Prune),
+        }
+    }
 }
 
 /// `kind = "merge"`. Exactly one of `r`, `ratio` and `keep_tokens` is given.
@@ -54,9 +90,54 @@ pub struct MergeSpec {
     /// What decides which tokens are alike.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metric: Option<Metric>,
+    /// Whether r is an input of the model; what is given here is its default.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub runtime_r: bool,
     /// Whether to add the output `token_source`; `token_source/NAME` for each tower of a model with several.
     #[serde(default, skip_serializing_if = "is_false")]
     pub trace_source: bool,
+}
+
+/// `kind = "prune"`.
+#[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PruneSpec {
+    /// Which tower of a model with several; every one that allows it where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tower: Option<String>,
+    /// Share of the patches to keep: one for the blocks of `at`, or a list with one for each block.
+    pub keep: KeepSpec,
+    /// Blocks that prune, from 0 on; 3, 6 and 9 where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub at: Option<Vec<usize>>,
+    /// Whether what leaves becomes one more token (EViT).
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub fuse: bool,
+    /// Share of the connections between patches that later blocks keep (Tri-Level's attention level).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attention_keep: Option<f64>,
+    /// Whether the share is an input of the model; what is given here is its default.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub runtime_keep: bool,
+    /// Whether to add the output `token_source`; `token_source/NAME` for each tower of a model with several.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub trace_source: bool,
+}
+
+/// Shares to keep in their two spellings.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum KeepSpec {
+    /// The same in every block that prunes.
+    Constant(f64),
+    /// One per block.
+    PerBlock(Vec<f64>),
+}
+
+impl Default for KeepSpec {
+    fn default() -> Self {
+        Self::Constant(1.0)
+    }
 }
 
 fn is_false(flag: &bool) -> bool {
@@ -143,11 +224,7 @@ impl Recipe {
             let line = 1 + text.bytes().take(before).filter(|&byte| byte == b'\n').count();
             Refusal::Request(format!("the recipe is not valid: line {line}: {}", error.message().replace('\n', ", ")))
         };
-        let recipe: Self = toml::from_str(text).map_err(refused)?;
-        if recipe.passes.is_empty() {
-            return Err(Refusal::Request("the recipe is not valid: it has no pass ([[pass]])".into()));
-        }
-        Ok(recipe)
+        toml::from_str(text).map_err(refused)
     }
 
     /// The recipe as TOML.
@@ -176,9 +253,28 @@ impl MergeSpec {
             proportional: self.proportional.unwrap_or(true),
             plain_pooling: self.plain_pooling,
             metric: self.metric.unwrap_or_default(),
-            trace_source: self.trace_source.then(|| SOURCE_OUTPUT.to_owned()),
-            ..Merge::new(schedule)
+            runtime: self.runtime_r,
+            schedule,
         })
+    }
+}
+
+impl PruneSpec {
+    /// The method.
+    pub fn resolve(&self) -> Result<Prune, Refusal> {
+        let schedule = match (&self.keep, &self.at) {
+            (KeepSpec::Constant(keep), at) => {
+                KeepSchedule::At(*keep, at.clone().unwrap_or_else(|| KeepSchedule::BLOCKS.into()))
+            }
+            (KeepSpec::PerBlock(keep), None) => KeepSchedule::PerBlock(keep.clone()),
+            (KeepSpec::PerBlock(_), Some(_)) => {
+                return Err(Refusal::Request("a share for each block says where to prune: leave at out".into()));
+            }
+        };
+        if let Some(share) = self.attention_keep.filter(|&share| !(share > 0.0 && share <= 1.0)) {
+            return Err(Refusal::Request(format!("the share of connections to keep, {share}, lies outside 0 to 1")));
+        }
+        Ok(Prune { schedule, fuse: self.fuse, attention_keep: self.attention_keep, runtime: self.runtime_keep })
     }
 }
 
@@ -190,9 +286,16 @@ mod tests {
     fn a_recipe_survives_being_stored() {
         let text = "[[pass]]\nkind = \"merge\"\nr = \"16:-1\"\nalign = \"auto\"\nprotect = 1\nproportional = false\n";
         let recipe = Recipe::parse(text).unwrap();
-        let PassSpec::Merge(spec) = &recipe.passes[0];
+        let PassSpec::Merge(spec) = &recipe.passes[0] else { panic!("a merge") };
         assert_eq!(spec.resolve(Some(577), false).unwrap().align, 16);
         assert_eq!(spec.resolve(Some(197), true).unwrap().schedule, Schedule::Inflection(16, -1.0));
+        assert_eq!(Recipe::parse(&recipe.to_toml()).unwrap(), recipe);
+    }
+
+    #[test]
+    fn a_recipe_without_passes_is_one() {
+        let recipe = Recipe::parse("").unwrap();
+        assert_eq!(recipe, Recipe::default());
         assert_eq!(Recipe::parse(&recipe.to_toml()).unwrap(), recipe);
     }
 
@@ -201,7 +304,7 @@ mod tests {
         assert!(Recipe::parse("[[pass]]\nkind = \"merge\"\nr = 8\nratioo = 0.1").is_err());
         assert!(Recipe::parse("[[pass]]\nkind = \"blend\"").is_err());
         let Recipe { passes } = Recipe::parse("[[pass]]\nkind = \"merge\"\nr = 8\nratio = 0.1").unwrap();
-        let PassSpec::Merge(spec) = &passes[0];
+        let PassSpec::Merge(spec) = &passes[0] else { panic!("a merge") };
         assert!(spec.resolve(None, false).unwrap_err().to_string().contains("exclude each other"));
     }
 }

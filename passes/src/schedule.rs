@@ -108,59 +108,110 @@ impl Schedule {
         }
     }
 
-    /// What each of `depth` blocks does to `tokens` tokens of which `protected` take no part: at most half of the
-    /// others can leave. With `align`, a block that removes tokens removes up to `align − 1` more, so that a multiple
-    /// of it is left, where that is in reach.
-    pub fn steps(&self, depth: usize, tokens: usize, protected: usize, align: usize) -> Result<Vec<Step>, Refusal> {
-        if let Self::Ratio(ratio) = self
-            && !(0.0..1.0).contains(ratio)
-        {
-            return Err(Refusal::Request(format!("the ratio {ratio} lies outside 0 to 1")));
-        }
-        let requested = self.requested(depth);
-        let mut steps = Vec::with_capacity(depth);
-        let mut before = tokens;
-        for block in 0..depth {
-            let free = before.saturating_sub(protected);
-            let limit = free / 2;
-            let asked = match (self, &requested) {
-                (_, Some(requested)) => requested[block].min(limit),
-                (Self::Ratio(ratio), _) => ((ratio * free as f64).floor() as usize).min(limit),
-                (Self::Keep(kept), _) => match kept.get(block) {
-                    Some(&keep) if keep > before || before - keep > limit => {
-                        return Err(Refusal::Request(format!(
-                            "block {block} cannot keep {keep} of {before} tokens: at most half of the {free} that are \
-                             not protected can merge; ask for {} to {before}",
-                            before - limit
-                        )));
-                    }
-                    Some(&keep) => before - keep,
-                    None => 0,
-                },
-                _ => 0,
-            };
-            let mut removed = asked;
-            let mut unaligned = false;
-            if asked > 0 && align > 1 {
-                let surplus = (before - asked) % align;
-                unaligned = asked + surplus > limit;
-                if !unaligned {
-                    removed = asked + surplus;
-                }
+    /// What `block` of `depth` does to `before` tokens of which `protected` take no part: at most half of the others can
+    /// leave. With `align`, a block that removes tokens removes up to `align − 1` more, so that a multiple of it is left,
+    /// where that is in reach.
+    pub fn step(
+        &self,
+        block: usize,
+        depth: usize,
+        before: usize,
+        protected: usize,
+        align: usize,
+    ) -> Result<Step, Refusal> {
+        let free = before.saturating_sub(protected);
+        let limit = free / 2;
+        let asked = match (self, self.requested(depth)) {
+            (Self::Ratio(ratio), _) if !(0.0..1.0).contains(ratio) => {
+                return Err(Refusal::Request(format!("the ratio {ratio} lies outside 0 to 1")));
             }
-            steps.push(Step { before, removed, unaligned });
-            before -= removed;
-        }
-        Ok(steps)
+            (Self::Ratio(ratio), _) => ((ratio * free as f64).floor() as usize).min(limit),
+            (Self::Keep(kept), _) => match kept.get(block) {
+                Some(&keep) if keep > before || before - keep > limit => {
+                    return Err(Refusal::Request(format!(
+                        "block {block} cannot keep {keep} of {before} tokens: at most half of the {free} that are not \
+                         protected can merge; ask for {} to {before}",
+                        before - limit
+                    )));
+                }
+                Some(&keep) => before - keep,
+                None => 0,
+            },
+            (_, requested) => requested.map_or(0, |requested| requested[block].min(limit)),
+        };
+        let surplus = if asked > 0 { (before - asked) % align } else { 0 };
+        let unaligned = asked + surplus > limit;
+        Ok(Step { before, removed: if unaligned { asked } else { asked + surplus }, unaligned })
     }
+}
+
+/// How many patches each block keeps (EViT, arXiv 2202.07800; Tri-Level E-ViT, arXiv 2211.10801).
+#[derive(Clone, Debug, PartialEq)]
+pub enum KeepSchedule {
+    /// This share at these blocks.
+    At(f64, Vec<usize>),
+    /// A share per block; one keeps everything as it is, and so do blocks beyond the list.
+    PerBlock(Vec<f64>),
+}
+
+impl KeepSchedule {
+    /// The blocks of Tri-Level E-ViT and EViT, for models of twelve blocks.
+    pub const BLOCKS: [usize; 3] = [3, 6, 9];
+
+    /// Refuses what says something of more blocks than there are, and shares that are none.
+    pub fn check(&self, depth: usize) -> Result<(), Refusal> {
+        let (ratios, last) = match self {
+            Self::At(ratio, blocks) => (std::slice::from_ref(ratio), blocks.iter().max().copied()),
+            Self::PerBlock(ratios) => (ratios.as_slice(), ratios.len().checked_sub(1)),
+        };
+        if let Some(ratio) = ratios.iter().find(|&&ratio| !(ratio > 0.0 && ratio <= 1.0)) {
+            return Err(Refusal::Request(format!("the share to keep, {ratio}, lies outside 0 to 1")));
+        }
+        match last.filter(|&last| last >= depth) {
+            Some(last) => Err(Refusal::Request(format!(
+                "tokens are to be pruned in block {last}, and the model has the blocks 0 to {}: say in which with at",
+                depth.saturating_sub(1)
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// The share that `block` keeps; `None` where it does not prune.
+    pub fn share(&self, block: usize) -> Option<f64> {
+        match self {
+            Self::At(share, blocks) => blocks.contains(&block).then_some(*share),
+            Self::PerBlock(shares) => shares.get(block).copied().filter(|&share| share < 1.0),
+        }
+    }
+}
+
+/// ⌈count · ratio⌉ in double precision, without a guard against rounding: as the papers' models count.
+pub fn keep_count(count: usize, ratio: f64) -> usize {
+    (count as f64 * ratio).ceil() as usize
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// One block after the other.
+    fn follow(
+        schedule: &Schedule,
+        depth: usize,
+        mut tokens: usize,
+        protected: usize,
+        align: usize,
+    ) -> Result<Vec<Step>, Refusal> {
+        let mut step = |block: usize| {
+            let step = schedule.step(block, depth, tokens, protected, align)?;
+            tokens = step.after();
+            Ok(step)
+        };
+        (0..depth).map(&mut step).collect()
+    }
+
     fn removed(schedule: &str, depth: usize, tokens: usize, protected: usize, align: usize) -> Vec<usize> {
-        let steps = schedule.parse::<Schedule>().unwrap().steps(depth, tokens, protected, align).unwrap();
+        let steps = follow(&schedule.parse().unwrap(), depth, tokens, protected, align).unwrap();
         steps.iter().map(|step| step.removed).collect()
     }
 
@@ -176,18 +227,18 @@ mod tests {
     fn alignment_removes_more_but_never_more_than_half() {
         assert_eq!(removed("13", 3, 197, 1, 8), [13, 16, 16]);
         assert_eq!(removed("0,13", 2, 197, 1, 8), [0, 13]);
-        let steps = Schedule::Constant(4).steps(1, 13, 1, 8).unwrap();
+        let steps = follow(&Schedule::Constant(4), 1, 13, 1, 8).unwrap();
         assert_eq!((steps[0].removed, steps[0].unaligned), (5, false));
-        let steps = Schedule::Constant(4).steps(1, 11, 1, 16).unwrap();
+        let steps = follow(&Schedule::Constant(4), 1, 11, 1, 16).unwrap();
         assert_eq!((steps[0].removed, steps[0].unaligned), (4, true));
     }
 
     #[test]
     fn kept_counts_must_be_in_reach() {
         let keep = Schedule::Keep(vec![180, 160]);
-        let steps = keep.steps(3, 197, 1, 1).unwrap();
+        let steps = follow(&keep, 3, 197, 1, 1).unwrap();
         assert_eq!(steps.iter().map(Step::after).collect::<Vec<_>>(), [180, 160, 160]);
-        let error = Schedule::Keep(vec![50]).steps(1, 197, 1, 1).unwrap_err().to_string();
+        let error = follow(&Schedule::Keep(vec![50]), 1, 197, 1, 1).unwrap_err().to_string();
         assert!(error.contains("block 0 cannot keep 50 of 197"), "{error}");
     }
 

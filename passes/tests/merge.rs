@@ -65,7 +65,15 @@ fn outputs_with_an_entry_for_each_token_are_restored() {
 fn nothing_to_merge_changes_nothing() {
     let model = fixture("timm_vit_ts17_unfused");
     let bytes = |model: &Model| Model::to_bytes(model.verify().unwrap());
-    assert!(bytes(&merge(&model, "r = 0").unwrap()) == bytes(&model), "the file changed");
+    let recipe = Recipe::parse("[[pass]]\nkind = \"merge\"\nr = 0").unwrap();
+    let options = Options { keep_dead: true, ..Options::default() };
+    let (same, _) = driver::rewrite(&model, &recipe, options).unwrap();
+    assert!(bytes(&same) == bytes(&model), "the file changed");
+}
+
+#[test]
+fn tokens_that_nothing_reads_are_not_computed() {
+    check("timm_vit_ts17_unfused.dead", &merge(&fixture("timm_vit_ts17_unfused"), "r = 0").unwrap());
 }
 
 #[test]

@@ -89,15 +89,18 @@ impl Backend for Ort {
         let session = self.builder()?.commit_from_file(model).map_err(plain)?;
         let inputs = session.inputs().iter().map(port).collect::<Result<_>>()?;
         let outputs = session.outputs().iter().map(port).collect::<Result<_>>()?;
+        let optional = session.overridable_initializers().iter().map(|input| input.name().to_owned()).collect();
         let device = if self.cuda { AllocationDevice::CUDA } else { AllocationDevice::CPU };
         let memory = MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default).map_err(plain)?;
-        Ok(Box::new(OrtSession { session, inputs, outputs, memory }))
+        Ok(Box::new(OrtSession { session, inputs, optional, outputs, memory }))
     }
 }
 
 struct OrtSession {
     session: ort::session::Session,
     inputs: Vec<Port>,
+    /// Inputs that may be left out.
+    optional: Vec<String>,
     outputs: Vec<Port>,
     /// Where [`Session::time`] leaves outputs: on the device, not copied back.
     memory: MemoryInfo<'static>,
@@ -113,10 +116,9 @@ impl Session for OrtSession {
     }
 
     fn run(&mut self, feeds: &Feeds) -> Result<Outputs> {
-        let tensors = match_feeds(&self.inputs, feeds)?;
-        let values = std::iter::zip(&self.inputs, tensors)
-            .map(|(port, tensor)| Ok((port.name.as_str(), borrowed(tensor)?)))
-            .collect::<Result<Vec<_>>>()?;
+        let values =
+            fed(&self.inputs, &self.optional, feeds)?.into_iter().map(|(name, tensor)| Ok((name, borrowed(tensor)?)));
+        let values = values.collect::<Result<Vec<_>>>()?;
         let outputs = self.session.run(values).map_err(plain)?;
         let take = |port: &Port| {
             let value = outputs.get(&port.name).with_context(|| format!("the output {port} was not computed"))?;
@@ -127,8 +129,8 @@ impl Session for OrtSession {
 
     fn time(&mut self, feeds: &Feeds) -> Result<Duration> {
         let mut binding = self.session.create_binding().map_err(plain)?;
-        for (port, tensor) in std::iter::zip(&self.inputs, match_feeds(&self.inputs, feeds)?) {
-            binding.bind_input(&port.name, &owned(tensor)?).map_err(plain)?;
+        for (name, tensor) in fed(&self.inputs, &self.optional, feeds)? {
+            binding.bind_input(name, &owned(tensor)?).map_err(plain)?;
         }
         for port in &self.outputs {
             binding.bind_output_to_device(&port.name, &self.memory).map_err(plain)?;
@@ -139,6 +141,13 @@ impl Session for OrtSession {
         binding.synchronize_outputs().map_err(plain)?;
         Ok(start.elapsed())
     }
+}
+
+/// The tensors of all inputs, and of those that may be left out and are not.
+fn fed<'a>(inputs: &'a [Port], optional: &'a [String], feeds: &'a Feeds) -> Result<Vec<(&'a str, &'a Tensor)>> {
+    let inputs = std::iter::zip(inputs, match_feeds(inputs, feeds)?).map(|(port, tensor)| (port.name.as_str(), tensor));
+    let optional = optional.iter().filter_map(|name| Some((name.as_str(), feeds.get(name)?)));
+    Ok(inputs.chain(optional).collect())
 }
 
 /// Loads the library, or returns the environment of the one already loaded.

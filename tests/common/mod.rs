@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod ops;
+pub mod pruning;
 
 use std::path::{Path, PathBuf};
 
@@ -201,6 +202,21 @@ pub fn constant(r: usize) -> MergeSpec {
 /// Rewrites a model as `vitrim merge` does.
 pub fn merge(model: &Model, spec: MergeSpec) -> Result<(Model, Report), Refusal> {
     driver::rewrite(model, &recipe(spec), Options::default())
+}
+
+/// Rewrites a model with one pass.
+pub fn rewrite(model: &Model, pass: PassSpec) -> Result<(Model, Report), Refusal> {
+    driver::rewrite(model, &Recipe { passes: vec![pass] }, Options::default())
+}
+
+/// The same, but computes tokens that nothing reads.
+pub fn merge_all(model: &Model, spec: MergeSpec) -> Result<(Model, Report), Refusal> {
+    driver::rewrite(model, &recipe(spec), Options { keep_dead: true, ..Options::default() })
+}
+
+/// Leaves out what is computed for tokens that nothing reads, and does nothing else.
+pub fn without_dead_tokens(model: &Model) -> Result<(Model, Report), Refusal> {
+    driver::rewrite(model, &Recipe::default(), Options::default())
 }
 
 /// max |candidate − reference|, infinite where shapes differ or anything is not a number.

@@ -38,6 +38,7 @@ OPS = Path(os.environ.get("VITRIM_OPS", VITRIM.with_name("libvitrim_ops.so")))
 VARIANTS = {
     "r=4": ["-r", "4"],
     "r=0": ["-r", "0"],
+    "all": ["-r", "4", "--keep-dead"],
     "inline": ["-r", "4", "--inline"],
     "source": ["-r", "4", "--trace-source"],
     "plain": ["-r", "4", "--no-proportional", "--plain-pooling"],

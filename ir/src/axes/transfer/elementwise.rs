@@ -6,17 +6,11 @@ use crate::graph::Node;
 use crate::{Expr, ValueId};
 
 impl Context<'_> {
-    pub(super) fn elementwise(&self, node: &Node) -> Transfer {
-        let operands: Vec<(usize, ValueId)> = node.data_operands().collect();
-        let operands = match node.op.name.as_str() {
-            // Ratio, training flag, bounds and target types are no tensors along the tokens.
-            "Dropout" | "Clip" | "CastLike" => operands.into_iter().take(1).collect(),
-            _ => operands,
-        };
+    pub(super) fn elementwise(&self, node: &Node, operands: &[(usize, ValueId)]) -> Transfer {
         if node.is("Where") && self.where_replaces_nan(node) {
             return Ok(Flow::of(self.operand(node, 2)?.clone()));
         }
-        let flow = self.broadcast(&operands)?;
+        let flow = self.broadcast(operands)?;
         // Comparisons and products of weights with anything but one number are no weights any more.
         let keeps_weights = matches!(node.op.name.as_str(), "Identity" | "Cast" | "CastLike" | "Dropout");
         let layouts = flow.layouts.into_iter().map(|layout| {

@@ -59,15 +59,10 @@ impl Context<'_> {
             return self.attention(node, &fused);
         }
         self.one_scale(node)?;
+        if let Some(operands) = node.elementwise_operands() {
+            return self.elementwise(node, &operands);
+        }
         match node.op.name.as_str() {
-            "Identity" | "Cast" | "Dropout" | "Erf" | "Gelu" | "FastGelu" | "QuickGelu" | "BiasGelu" | "BiasAdd"
-            | "Relu" | "LeakyRelu" | "Elu" | "Celu" | "Selu" | "PRelu" | "HardSigmoid" | "HardSwish" | "Mish"
-            | "Swish" | "Sigmoid" | "Tanh" | "Softplus" | "Softsign" | "Exp" | "Log" | "Sqrt" | "Reciprocal"
-            | "Neg" | "Abs" | "Sign" | "Floor" | "Ceil" | "Round" | "Not" | "IsNaN" | "IsInf" | "Clip" | "Sin"
-            | "Cos" | "CastLike" | "Add" | "Sub" | "Mul" | "Div" | "Pow" | "Min" | "Max" | "Sum" | "Mean" | "Mod"
-            | "And" | "Or" | "Xor" | "Equal" | "Less" | "LessOrEqual" | "Greater" | "GreaterOrEqual" | "Where"
-            | "SwiGLU" | "BitCast" | "QLinearAdd" | "QLinearMul" | "QLinearSigmoid" | "QLinearLeakyRelu"
-            | "QLinearWhere" => self.elementwise(node),
             "BiasSplitGelu" => self.halve_channels(node),
             "QuantizeLinear" | "DequantizeLinear" => self.quantize(node),
             "DynamicQuantizeLinear" => Ok(Flow::of(self.operand(node, 0)?.clone())),

@@ -4,6 +4,7 @@ use vitrim_ir::{Attribute, Axis, Effect, FusedAttention, NodeId, Tensor, ValueId
 
 use super::Rewriter;
 use crate::Refusal;
+use crate::target::reshape_target;
 
 impl Rewriter<'_> {
     pub(super) fn recount(&mut self) -> Result<(), Refusal> {
@@ -43,20 +44,7 @@ impl Rewriter<'_> {
             let keeps = |at: usize| at.checked_sub(lead).is_some_and(|at| !from.0[at].atoms().is_empty());
             extents.iter().enumerate().map(|(at, extent)| if keeps(at) { Some(1) } else { *extent }).collect()
         } else {
-            // Zero copies the operand's extent in the same place; -1 is what is left, once.
-            let copies = |at: usize| from.0.get(at) == to.0.get(at);
-            let open: Vec<usize> = (0..extents.len()).filter(|&at| extents[at].is_none()).collect();
-            let inferred = match open.as_slice() {
-                [only] => Some(*only),
-                open => open.iter().copied().find(|&at| !copies(at)),
-            };
-            let entry = |(at, extent): (usize, &Option<i64>)| match extent {
-                Some(extent) => Some(*extent),
-                None if inferred == Some(at) => Some(-1),
-                None if copies(at) => Some(0),
-                None => None,
-            };
-            extents.iter().enumerate().map(entry).collect()
+            reshape_target(&extents, |at| from.0.get(at) == to.0.get(at))
         };
         if let Some(target) = target {
             if target.contains(&0) && node.int("allowzero").unwrap_or(0) != 0 {
@@ -167,16 +155,9 @@ impl Rewriter<'_> {
         let node = self.graph.node(id);
         let Some(table) = node.input(slot) else { return };
         let Some(number) = self.vit.shapes.uniform(table) else { return };
-        let neutral =
-            (node.is("Add") || (node.is("Sub") && slot == 1)) && number == 0.0 || (node.is("Mul") && number == 1.0);
-        let other = node.operands().find(|&value| value != table);
-        if let (true, Some(other), Some(result)) = (neutral, other, node.output(0)) {
-            let same_rank = self.vit.axes.layout(other).map(|layout| layout.rank())
-                == self.vit.axes.layout(result).map(|layout| layout.rank());
-            if same_rank {
-                self.bypass(result, other);
-                return;
-            }
+        if let (Some(other), Some(result)) = (self.beside_neutral(id, slot), node.output(0)) {
+            self.bypass(result, other);
+            return;
         }
         // What is added to all scores alike changes no softmax.
         if FusedAttention::of(self.graph, node).is_some() {
@@ -192,6 +173,33 @@ impl Rewriter<'_> {
         };
         let scalar = self.patch.constant(&hint, scalar);
         self.patch.rewire(id, slot, scalar);
+    }
+
+    /// The other operand of a node that adds a table of zeros or multiplies with one of ones, if that is all it does.
+    fn beside_neutral(&self, id: NodeId, slot: usize) -> Option<ValueId> {
+        let node = self.graph.node(id);
+        let table = node.input(slot)?;
+        let number = self.vit.shapes.uniform(table)?;
+        let neutral =
+            (node.is("Add") || (node.is("Sub") && slot == 1)) && number == 0.0 || (node.is("Mul") && number == 1.0);
+        let other = node.operands().find(|&value| value != table)?;
+        let rank = |value: ValueId| self.vit.axes.layout(value).map(|layout| layout.rank());
+        (neutral && rank(other) == rank(node.output(0)?)).then_some(other)
+    }
+
+    /// What a value is when tables that change nothing are left out.
+    pub(super) fn past_neutral_tables(&self, mut value: ValueId) -> ValueId {
+        while let Some((id, 0)) = self.graph.producer(value) {
+            let slot = self.vit.axes.effects_of(id).find_map(|effect| match *effect {
+                Effect::UniformTable { slot } => Some(slot),
+                _ => None,
+            });
+            match slot.and_then(|slot| self.beside_neutral(id, slot)) {
+                Some(other) => value = other,
+                None => break,
+            }
+        }
+        value
     }
 
     /// Lets the readers of `result` read `source`.

@@ -1,27 +1,39 @@
-//! Stages: between one merge and the next the token count is the same. Which stage is each tensor in?
+//! Stages: between one act and the next the token count is the same. Which stage is each tensor in?
 
 use std::collections::{HashMap, HashSet};
 
 use vitrim_ir::{Expr, NodeId, ValueId};
 
-use super::Rewriter;
+use super::grouping::Grouping;
+use super::plan::{Act, Keep};
+use super::{Method, Rewriter};
 use crate::Refusal;
 use crate::recognise::softmaxes;
 
-/// What the merge that begins a stage gives.
+/// What the act that begins a stage gives.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Stage {
-    /// Sizes, `[B, M, 1]` float32.
+    /// Sizes, `[B, M, 1]` float32; none where all are one.
     pub size: Option<ValueId>,
-    /// `anchor`, `leaving` and `into` of the merge.
-    pub grouping: Option<[ValueId; 3]>,
+    /// Connections that are open, `[B, M, M]`.
+    pub mask: Option<ValueId>,
+    /// One for each token, `[B, M, 1]`.
+    pub ones: Option<ValueId>,
+    /// Where the tokens of the stage before are.
+    pub grouping: Option<Grouping>,
+    /// The slot of every token of the stage before.
+    pub assign: Option<ValueId>,
     /// Slot of every original token.
     pub owner: Option<ValueId>,
+    /// The same, without those in an extra token that they do not make up.
+    pub own_slot: Option<ValueId>,
     /// Original token whose place each slot keeps.
     pub anchor: Option<ValueId>,
+    /// All original tokens as they were before the act.
+    pub all_before: Option<ValueId>,
 }
 
-/// Stages of the rewritten graph. Stage 0 is before the first merge.
+/// Stages of the rewritten graph. Stage 0 is before the first act.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Stages {
     /// Stage of every tensor that carries tokens; those that are restored have none.
@@ -30,8 +42,12 @@ pub(super) struct Stages {
     pub restore_at: Vec<NodeId>,
     /// Token count of each stage; `None` where known only at run time.
     counts: Vec<Option<Expr>>,
-    /// The stage that each block's attention is in.
-    blocks: Vec<usize>,
+    /// The stage that each block's attention is in, and the one behind its acts.
+    blocks: Vec<[usize; 2]>,
+    /// Whether each stage begins with a pruning, and whether that leaves an extra token.
+    prunings: Vec<Option<bool>>,
+    /// Special tokens at the end.
+    suffix: usize,
     entries: Vec<Stage>,
 }
 
@@ -43,7 +59,33 @@ impl Stages {
 
     /// The stage that a block's attention is in.
     pub fn of_block(&self, block: usize) -> usize {
-        self.blocks[block]
+        self.blocks[block][0]
+    }
+
+    /// The stage behind the acts of a block.
+    pub fn behind_block(&self, block: usize) -> usize {
+        self.blocks[block][1]
+    }
+
+    /// Whether tokens are dropped where a stage begins.
+    pub fn drops(&self, stage: usize) -> bool {
+        self.prunings[stage].is_some()
+    }
+
+    /// Whether tokens were dropped up to a stage.
+    pub fn has_dropped(&self, stage: usize) -> bool {
+        self.prunings[..=stage].iter().any(Option::is_some)
+    }
+
+    /// Whether dropped tokens were made one more up to a stage.
+    pub fn has_fused(&self, stage: usize) -> bool {
+        self.prunings[..=stage].contains(&Some(true))
+    }
+
+    /// Tokens at the end that take no part in merging: special ones, and what the last pruning left of those it dropped.
+    pub fn suffix(&self, stage: usize) -> usize {
+        let last = self.prunings[..=stage].iter().rev().find_map(|pruning| *pruning);
+        self.suffix + usize::from(last == Some(true))
     }
 
     /// Token count at a stage.
@@ -75,18 +117,38 @@ impl Stages {
 /// Assigns stages, and finds where tensors of different stages meet.
 pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
     let (graph, vit) = (rewriter.graph, rewriter.vit);
-    let (protect, suffix) = (rewriter.protect, rewriter.suffix);
-    let mut stages = Stages { counts: vec![Some(vit.tokens().clone())], ..Stages::default() };
+    let suffix = vit.special.suffix;
+    let asked = rewriter.options.methods.iter().filter_map(|method| match method {
+        Method::Merge(merge) => merge.protect,
+        Method::Prune(_) => None,
+    });
+    let asked = asked.min();
+    let protect = asked.unwrap_or(vit.special.prefix());
+    let mut stages =
+        Stages { counts: vec![Some(vit.tokens().clone())], prunings: vec![None], suffix, ..Stages::default() };
     // The stage that readers of a cut's results are in.
     let mut after_cut: HashMap<ValueId, usize> = HashMap::new();
-    for (block, &removed) in vit.blocks.iter().zip(&rewriter.removed) {
-        stages.blocks.push(stages.last());
-        if removed > 0 {
-            let before = stages.counts[stages.last()].clone();
-            let known = before.filter(|count| count.as_known().is_some());
-            stages.counts.push(known.and_then(|count| count.minus(&Expr::known(removed as i64))));
-            let stage = stages.last();
-            after_cut.extend(graph.node(block.cut).results().map(|value| (value, stage)));
+    for (block, acts) in vit.blocks.iter().zip(&rewriter.acts) {
+        let of_attention = stages.last();
+        for act in acts {
+            let before = stages.counts[stages.last()].as_ref().and_then(|count| count.as_known());
+            let after = before.filter(|_| rewriter.counted).and_then(|before| match *act {
+                Act::Merge { r, .. } => Some(before - r as i64),
+                Act::Prune { keep: Keep::Count(keep), fuse, .. } => {
+                    Some((vit.special.prefix() + keep + usize::from(fuse) + suffix) as i64)
+                }
+                Act::Prune { .. } => None,
+            });
+            stages.counts.push(after.map(Expr::known));
+            stages.prunings.push(match *act {
+                Act::Merge { .. } => None,
+                Act::Prune { fuse, .. } => Some(fuse),
+            });
+        }
+        let behind = stages.last();
+        stages.blocks.push([of_attention, behind]);
+        if behind > of_attention {
+            after_cut.extend(graph.node(block.cut).results().map(|value| (value, behind)));
         }
     }
     stages.entries = vec![Stage::default(); stages.counts.len()];
@@ -105,10 +167,10 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
         // A reader of tokens that may move gets them in their places, unless the user has said which ones may not.
         let moving = vit.reads_moving_tokens(graph, id, protect, suffix);
         let restores = pinned.contains(&id) || read.len() > 1 || meets_restored;
-        if restores || (moving.is_some() && rewriter.options.protect.is_none()) {
+        if restores || (moving.is_some() && asked.is_none()) {
             if softmaxes.contains(&id) {
                 return Err(
-                    rewriter.pinned(id, "it is an attention over tokens of which some were merged and some not")
+                    rewriter.pinned(id, "it is an attention over tokens of which some were reduced and some not")
                 );
             }
             if read.iter().any(|&stage| stage > 0) {

@@ -69,6 +69,70 @@ impl Rewriter<'_> {
         Some(Window::of_all(value, widths[part] / heads))
     }
 
+    /// Queries and keys of a fused attention. Where the operator projects the tokens itself the projections are computed once
+    /// more: for the queries only of the first `queries` tokens.
+    pub(super) fn fused_queries_and_keys(
+        &mut self,
+        node: &Node,
+        fused: &FusedAttention,
+        queries: i64,
+        hint: &str,
+    ) -> Option<[Window; 2]> {
+        let [q_heads, k_heads] = [(0, fused.heads), (1, fused.kv_heads)].map(|(part, heads)| match heads {
+            Some(heads) => Some(heads as i64),
+            None => self.heads_of(node.input(fused.slots()[part])?, None),
+        });
+        let heads = q_heads.filter(|_| q_heads == k_heads)?;
+        let widths = self.widths(node, fused)?;
+        let mut windows = Vec::with_capacity(2);
+        for (part, name) in ["queries", "keys"].into_iter().enumerate() {
+            let hint = format!("{hint}/{name}");
+            let (from, all) = (widths[..part].iter().sum::<i64>(), heads * (widths[part] / heads));
+            let operand = fused.slots()[part];
+            let value = match fused.operands {
+                Operands::Apart if self.rank(node.input(operand)) == Some(4) => {
+                    // [B, H, N, d] to [B, N, H * d]
+                    let operand = self.replacement(node.input(operand)?);
+                    let rows = self.transpose(operand, &[0, 2, 1, 3], &format!("{hint}_by_token"));
+                    let channels = self.vit.shapes.dims(node.input(fused.slots()[part])?)?.last()?.as_known()?;
+                    let value = self.reshape(rows, &[0, 0, -1], &hint);
+                    windows.push(Window { heads, head_dim: channels, ..Window::of_all(value, heads * channels) });
+                    continue;
+                }
+                Operands::Apart => self.replacement(node.input(operand)?),
+                Operands::Projected | Operands::Quantized => {
+                    let (mut tokens, weight) = match fused.operands {
+                        Operands::Projected => (self.replacement(node.input(0)?), node.input(1)?),
+                        _ => (
+                            self.dequantized(node, 0, [3, 6], &format!("{hint}_tokens"))?,
+                            self.dequantized(node, 1, [4, 7], &format!("{hint}_weight"))?,
+                        ),
+                    };
+                    if part == 0 {
+                        tokens = self.range(tokens, 1, [0, queries], &format!("{hint}_first"));
+                    }
+                    let weight = self.range(weight, 1, [from, from + all], &format!("{hint}_columns"));
+                    self.patch.op("MatMul", &format!("{hint}_projected"), &[tokens, weight], &[])
+                }
+            };
+            let value = match fused.bias.and_then(|slot| node.input(slot)) {
+                Some(bias) => {
+                    let bias = self.range(bias, 0, [from, from + all], &format!("{hint}_bias"));
+                    self.patch.op("Add", &hint, &[value, bias], &[])
+                }
+                None => value,
+            };
+            windows.push(Window { heads, head_dim: widths[part] / heads, ..Window::of_all(value, all) });
+        }
+        windows.try_into().ok()
+    }
+
+    /// Entries `from` to before `to` along an axis.
+    fn range(&mut self, value: ValueId, axis: i64, [from, to]: [i64; 2], hint: &str) -> ValueId {
+        let bounds = [from, to, axis].map(|bound| self.ints(&format!("{hint}_range"), &[bound]));
+        self.patch.op("Slice", hint, &[value, bounds[0], bounds[1], bounds[2]], &[])
+    }
+
     /// Channels of all heads together of queries, keys and values.
     fn widths(&self, node: &Node, fused: &FusedAttention) -> Option<[i64; 3]> {
         let dims = |slot: usize| self.vit.shapes.dims(node.input(slot)?);

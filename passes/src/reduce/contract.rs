@@ -35,7 +35,9 @@ impl Rewriter<'_> {
         let axes = &self.vit.axes;
         for (slot, operand) in node.inputs.iter().enumerate() {
             let Some(operand) = *operand else { continue };
-            let Some(stage) = self.stages.of(operand).filter(|&stage| stage > 0) else { continue };
+            let Some(stage) = self.stages.of(operand).filter(|&stage| self.stages.entry(stage).size.is_some()) else {
+                continue;
+            };
             let layout = axes.layout(operand).cloned().unwrap_or_default();
             let Some(axis) = (0..layout.rank()).find(|&at| layout.0[at].is_weights()) else { continue };
             let stay = |value: ValueId| {

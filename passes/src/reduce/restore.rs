@@ -3,7 +3,7 @@
 use vitrim_ir::{Attribute, DataType, DimSpec, NodeId, Span, Tensor, TensorType, ValueId};
 use vitrim_ops::{TokenRestore, TokenSize};
 
-use super::{Reduction, Rewriter};
+use super::Rewriter;
 use crate::Refusal;
 
 impl Rewriter<'_> {
@@ -37,7 +37,7 @@ impl Rewriter<'_> {
 
     /// `source` has the layout of `value`, whose tokens it restores.
     fn restored_as(&mut self, value: ValueId, mut source: ValueId, stage: usize) -> Result<ValueId, Refusal> {
-        if self.options.reduction == Reduction::Slice {
+        if self.options.sliced {
             return Err(Refusal::Request(
                 "the slicing floor has no way back to all tokens, which this model needs".into(),
             ));
@@ -47,6 +47,9 @@ impl Rewriter<'_> {
         let layout = self.vit.axes.layout(value).cloned().unwrap_or_default();
         let hint = format!("vitrim/{name}");
         let node = self.graph.producer(value).map(|(node, _)| node).ok_or_else(|| refuse("it has no producer"))?;
+        if self.stages.has_dropped(stage) {
+            return self.revived(value, source, stage);
+        }
         match layout.token_axes()[..] {
             [axis] => {
                 let span = layout.0[axis].span().unwrap_or_default();
@@ -73,6 +76,57 @@ impl Rewriter<'_> {
             }
             _ => Err(refuse("it has to be restored, but has tokens on several axes")),
         }
+    }
+
+    /// As [`Rewriter::restored_as`] where tokens were dropped: they are as they last were in the residual stream, and what
+    /// the model computes of the stream from there is computed anew for all of them.
+    fn revived(&mut self, value: ValueId, source: ValueId, stage: usize) -> Result<ValueId, Refusal> {
+        if let Some(&known) = self.revived.get(&value) {
+            return Ok(known);
+        }
+        let (graph, axes) = (self.graph, &self.vit.axes);
+        let name = graph.value(value).name().to_owned();
+        let hint = format!("vitrim/{name}");
+        let refuse = |what: &str| Refusal::Pinned {
+            node: format!("the tensor '{name}'"),
+            reason: format!("it has to be restored after pruning, but {what}"),
+        };
+        let (id, result) = graph.producer(value).ok_or_else(|| refuse("it has no producer"))?;
+        let node = graph.node(id);
+        let carried: Vec<usize> = (0..node.inputs.len())
+            .filter(|&slot| node.input(slot).is_some_and(|operand| axes.carries(operand)))
+            .collect();
+        let layout = axes.layout(value).cloned().unwrap_or_default();
+        let revived = if carried.len() > 1 && axes.layout(axes.origin()) == Some(&layout) {
+            // Where branches join it is the stream.
+            let arrangement = self.arrangement(&layout);
+            let unknown = || refuse("its tokens share an axis with something else");
+            if arrangement.others() != 1 || !self.dtype(value).is_float() {
+                return Err(refuse("it is no stream of [batch, tokens, channels] in floating point"));
+            }
+            let there = self.tokens_second(source, &arrangement, stage, &hint).ok_or_else(unknown)?;
+            let all = self.all_tokens(there, stage, &hint).ok_or_else(unknown)?;
+            self.as_before(all, &arrangement, 0, &hint).ok_or_else(unknown)?
+        } else {
+            if layout.token_axes().len() > 1 {
+                return Err(refuse("it has an entry for each pair of tokens, and none for those that were dropped"));
+            }
+            let [slot] = carried[..] else { return Err(refuse("several tensors of tokens meet there")) };
+            if axes.effects_of(id).next().is_some() {
+                return Err(refuse(&format!("{} does more than to compute each token by itself", graph.describe(id))));
+            }
+            let operand = node.input(slot).ok_or_else(|| refuse("it has no operand"))?;
+            let stage = self.stage_read(operand).ok_or_else(|| refuse("its operand has no tokens"))?;
+            let operand = self.restored_as(operand, self.replacement(operand), stage)?;
+            let mut inputs = node.inputs.clone();
+            inputs[slot] = Some(operand);
+            let attributes: Vec<(&str, Attribute)> =
+                node.attributes.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+            let hint = format!("{hint}/of_all_tokens");
+            self.patch.call(node.op.clone(), &hint, inputs, &attributes, node.outputs.len())[result]
+        };
+        self.revived.insert(value, revived);
+        Ok(revived)
     }
 
     /// For the tokens of `span`: their slots, counted from the first slot of the span.

@@ -5,37 +5,38 @@
 
 use vitrim_ir::{Attribute, DataType, Effect, FusedAttention, NodeId, Span, ValueId};
 
+use super::Rewriter;
 use super::precision::Coding;
-use super::{Reduction, Rewriter};
 use crate::Refusal;
 use crate::recognise::Core;
 
 impl Rewriter<'_> {
     pub(super) fn weigh(&mut self) -> Result<(), Refusal> {
-        if self.options.reduction == Reduction::Slice {
+        if self.options.sliced {
             return Ok(());
         }
         for (id, effect) in self.effects() {
             let node = self.graph.node(id);
             let carried = node.operands().find_map(|value| self.stage_read(value));
-            let Some(stage) = carried.filter(|&stage| stage > 0) else { continue };
+            // Where nothing was merged all tokens count once.
+            let Some(stage) = carried.filter(|&stage| self.stages.entry(stage).size.is_some()) else { continue };
             if self.stages.restore_at.contains(&id) {
                 continue;
             }
             match effect {
-                Effect::Attend if self.plain.contains_key(&id) => {}
-                Effect::Attend if self.options.proportional => self.attend(id, stage)?,
+                Effect::Attend if self.plain.contains_key(&id) || self.masked.contains_key(&id) => {}
+                Effect::Attend if self.weights.proportional => self.attend(id, stage)?,
                 // A sum over tokens counts each as often as it stands for others, or it would not be one.
-                Effect::Pool { span, axis, mean } if !(mean && self.options.plain_pooling) => {
+                Effect::Pool { span, axis, mean } if !mean || self.weights.pooling => {
                     self.pool(id, stage, span, axis, mean)?;
                 }
-                Effect::Contract { slot, axis, span } if self.options.proportional => {
+                Effect::Contract { slot, axis, span } if self.weights.proportional => {
                     self.count_factors(id, slot, axis, span, stage)?;
                 }
                 _ => {}
             }
         }
-        if self.options.proportional {
+        if self.weights.proportional {
             let graph = self.graph;
             graph.nodes().try_for_each(|(id, _)| self.weights_per_token(id))?;
         }
@@ -50,7 +51,7 @@ impl Rewriter<'_> {
             .iter()
             .position(|block| self.graph.producer(value).is_some_and(|(node, _)| node == block.cut));
         let stage = self.stages.of(value)?;
-        Some(if cut.is_some_and(|block| self.removed[block] > 0) { stage + 1 } else { stage })
+        Some(cut.map_or(stage, |block| self.stages.behind_block(block)))
     }
 
     fn attend(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {

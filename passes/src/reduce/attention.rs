@@ -6,14 +6,13 @@
 use vitrim_ir::{Attribute, Span, ValueId};
 use vitrim_ops::{Attention, OpDef, ProportionalAttention};
 
-use super::{Reduction, Rewriter};
-use crate::Refusal;
+use super::Rewriter;
 use crate::recognise::{Form, PlainAttention, Window};
 
 impl Rewriter<'_> {
     /// Finds the attention of blocks that is plain, with all its tokens in one stage.
     pub(super) fn find_plain_attention(&mut self) {
-        if self.options.reduction == Reduction::Slice {
+        if self.options.sliced || self.closes_connections() {
             return;
         }
         for (at, block) in self.vit.blocks.iter().enumerate() {
@@ -36,20 +35,16 @@ impl Rewriter<'_> {
     }
 
     /// Puts our operators in the place of a block's plain attention; proportional where tokens have sizes that count.
-    pub(super) fn replace_plain_attention(&mut self, block: usize) -> Result<(), Refusal> {
+    pub(super) fn replace_plain_attention(&mut self, block: usize) {
         let stage = self.stages.of_block(block);
         for attention in &self.vit.blocks[block].attentions {
             let id = attention.core.softmax;
             let Some(PlainAttention { q, k, v, scale, y }) = self.plain.get(&id).copied() else { continue };
             let hint = format!("vitrim/{}", self.graph.value(y.value).name());
             let mut inputs: Vec<_> = [q, k, v].map(|window| self.channels_last(window, stage, &hint)).into();
-            let op: &dyn OpDef = if stage > 0 && self.options.proportional {
-                let sizes = self.size_over(stage, Span::ALL);
-                inputs.push(sizes.ok_or_else(|| self.pinned(id, "it has no sizes"))?);
-                &ProportionalAttention
-            } else {
-                &Attention
-            };
+            let size = self.size_over(stage, Span::ALL).filter(|_| self.weights.proportional);
+            let op: &dyn OpDef = if size.is_some() { &ProportionalAttention } else { &Attention };
+            inputs.extend(size);
             let ints = [("heads", q.heads), ("head_dim", q.head_dim), ("q_at", q.at), ("k_at", k.at), ("v_at", v.at)];
             let mut attributes: Vec<_> = ints.map(|(name, value)| (name, Attribute::Int(value))).into();
             attributes.push(("scale", Attribute::Float(scale as f32)));
@@ -62,7 +57,6 @@ impl Rewriter<'_> {
             };
             self.replace(y.value, result);
         }
-        Ok(())
     }
 
     /// The tensor of a window as `[B, N, W]`. Once for each: readers of one tensor stay so.

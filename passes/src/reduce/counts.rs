@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use vitrim_ir::{Attribute, Axis, Effect, Node, Span, Use, ValueId};
+use vitrim_ir::{Attribute, Axis, Effect, Span, Use, ValueId};
 
 use super::Rewriter;
 use crate::Refusal;
@@ -21,10 +21,10 @@ impl Rewriter<'_> {
             }
             let layout = self.vit.axes.layout(operand).cloned().unwrap_or_default();
             let axes: Vec<(usize, &Axis)> = layout.0.iter().enumerate().collect();
-            let axes = if node.is("Shape") { &axes[range(node, axes.len())] } else { &axes[..] };
+            let axes = if node.is("Shape") { &axes[node.stated_axes(axes.len())] } else { &axes[..] };
             let harmless = |reader: &Use| node.is("Shape") && self.takes_plain_extents(reader, result, axes);
             let skipped = |reader: &Use| restated.contains(reader) || harmless(reader);
-            if !self.reaches_output(result, &skipped) {
+            if !graph.reaches_output(result, skipped) {
                 continue;
             }
             let origin = self.vit.axes.origin();
@@ -76,21 +76,6 @@ impl Rewriter<'_> {
         of_shape && indices.is_some_and(|indices| indices.iter().all(is_plain))
     }
 
-    /// Whether an output of the model depends on `value` through readers other than those to skip.
-    fn reaches_output(&self, value: ValueId, skipped: &dyn Fn(&Use) -> bool) -> bool {
-        let mut seen = HashSet::from([value]);
-        let mut open = vec![value];
-        while let Some(value) = open.pop() {
-            if self.graph.output_slots(value).next().is_some() {
-                return true;
-            }
-            let readers = self.graph.value(value).uses().iter().filter(|reader| !skipped(reader));
-            let results = readers.flat_map(|reader| self.graph.node(reader.node).results());
-            open.extend(results.filter(|&result| seen.insert(result)));
-        }
-        false
-    }
-
     fn old_extent(&self, axis: &Axis) -> Option<i64> {
         axis.extent(self.vit.tokens())?.as_known()
     }
@@ -124,11 +109,4 @@ impl Rewriter<'_> {
         }
         Some(self.patch.op("Concat", &format!("{hint}/old"), &parts, &along))
     }
-}
-
-/// The axes whose extents a `Shape` gives.
-fn range(node: &Node, rank: usize) -> std::ops::Range<usize> {
-    let position = |at: i64| (if at < 0 { at.saturating_add(rank as i64) } else { at }).clamp(0, rank as i64) as usize;
-    let first = position(node.int("start").unwrap_or(0));
-    first..position(node.int("end").unwrap_or(rank as i64)).max(first)
 }

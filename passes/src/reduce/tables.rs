@@ -9,8 +9,8 @@
 use vitrim_ir::{Attribute, Effect, FusedAttention, NodeId, Span, Tensor, ValueId};
 use vitrim_ops::TokenMean;
 
+use super::Rewriter;
 use super::arrange::Frame;
-use super::{Reduction, Rewriter};
 use crate::Refusal;
 
 /// A table with entries for the tokens, and how readers at one stage meet it.
@@ -35,7 +35,8 @@ impl Rewriter<'_> {
             let Some(stage) = self.stages.of(result).filter(|&stage| stage > 0) else { continue };
             let fused = FusedAttention::of(self.graph, node).is_some();
             let frame = if fused { Frame::scores() } else { self.frame_of(result, id)? };
-            let averaged = !fused && self.is_averaged(value, result);
+            // What was dropped is in no mean.
+            let averaged = !fused && !self.stages.has_dropped(stage) && self.is_averaged(value, result);
             let followed = self.followed(id, Table { value, stage, axes, frame, averaged })?;
             self.patch.rewire(id, slot, followed);
             self.tables.insert((id, slot), followed);
@@ -48,10 +49,17 @@ impl Rewriter<'_> {
             return Ok(result);
         }
         let hint = format!("vitrim/{}/stage{}", self.graph.value(table.value).name(), table.stage);
-        let result = match self.options.reduction {
-            Reduction::Slice => self.first_entries(id, &table, &hint)?,
-            Reduction::Merge if self.has_images(&table) => self.entries_per_image(id, &table, &hint)?,
-            Reduction::Merge => self.entries(id, &table, &hint)?,
+        let result = match table {
+            _ if self.options.sliced => self.first_entries(id, &table, &hint)?,
+            _ if self.stages.has_fused(table.stage) => {
+                return Err(self.pinned(
+                    id,
+                    "it has a table with entries for tokens, and none for the token that is made of those that leave: \
+                     prune without fusing",
+                ));
+            }
+            _ if self.has_images(&table) => self.entries_per_image(id, &table, &hint)?,
+            _ => self.entries(id, &table, &hint)?,
         };
         self.followed.push((table, result));
         Ok(result)
@@ -169,22 +177,5 @@ impl Rewriter<'_> {
         let anchor = self.anchor(stage).ok_or_else(|| self.pinned(id, "nothing is merged before it"))?;
         let total = self.vit.tokens().as_known();
         self.positions_over(id, anchor, span, total, &format!("{hint}/anchors"))
-    }
-
-    /// The original token whose place each slot keeps, composed of the merges up to `stage`.
-    fn anchor(&mut self, stage: usize) -> Option<ValueId> {
-        let [anchor, ..] = self.stages.entry(stage).grouping?;
-        if let Some(known) = self.stages.entry(stage).anchor {
-            return Some(known);
-        }
-        let composed = match self.anchor(stage - 1) {
-            Some(before) => {
-                let axis = [("axis", Attribute::Int(1))];
-                self.patch.op("GatherElements", &format!("vitrim/anchor{stage}"), &[before, anchor], &axis)
-            }
-            None => anchor,
-        };
-        self.stages.entry_mut(stage).anchor = Some(composed);
-        Some(composed)
     }
 }
