@@ -13,7 +13,7 @@ use vitrim_ir::Model;
 use vitrim_passes::driver::{self, Options};
 use vitrim_passes::recipe::{KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
 use vitrim_passes::reduce::SOURCE_OUTPUT;
-use vitrim_passes::schedule::{Schedule, keep_count};
+use vitrim_passes::schedule::{CosineDecay, Schedule, keep_count};
 
 /// What logits (of size 2) may differ from the oracle's, in float64: float32 roundings over up to 6 blocks, which cost
 /// the oracle's own float32 run up to 1e-6, and fused kernels that approximate erf and softmax to 1e-6 in each block.
@@ -248,6 +248,30 @@ fn kept_counts_are_what_the_oracle_says() {
         }
     }
     conclude("kept counts", count, &failures);
+}
+
+#[test]
+fn shares_decay_as_the_oracle_says() {
+    let index = vector_index();
+    let inline = index["inline"].as_array().expect("the index has inline cases");
+    let (mut count, mut failures) = (0, Vec::new());
+    for case in inline.iter().filter(|case| case["op"] == "trilevel.keep_ratio") {
+        let args = &case["args"];
+        let number = |name: &str, default: u64| args[name].as_u64().unwrap_or(default) as usize;
+        let share = |name: &str, default: f64| args[name].as_f64().unwrap_or(default);
+        let usual = CosineDecay::to(share("base", f64::NAN));
+        let (warmup, decay) = (number("warmup", usual.warmup as u64), number("decay", usual.decay as u64));
+        let schedule = CosineDecay { warmup, decay, top: share("top", usual.top), ..usual };
+        let at = |name: &str| args[name].as_u64().unwrap_or_else(|| panic!("{name} is in {args}")) as usize;
+        let found = schedule.share(at("iteration"), at("epoch"), at("iters_per_epoch"));
+        let expected = case["expected"].as_f64().expect("a share");
+        count += 1;
+        // A few roundings of float64.
+        if (found - expected).abs() > 1e-12 {
+            failures.push(format!("{args}: {found}, not {expected}"));
+        }
+    }
+    conclude("decaying shares", count, &failures);
 }
 
 #[test]

@@ -190,6 +190,41 @@ pub fn keep_count(count: usize, ratio: f64) -> usize {
     (count as f64 * ratio).ceil() as usize
 }
 
+/// The share to keep in the course of a training: all at first, then along half a cosine down to what is wanted (EViT; both
+/// levels of Tri-Level E-ViT).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CosineDecay {
+    /// The share in the end.
+    pub base: f64,
+    /// The share where the decay begins.
+    pub top: f64,
+    /// Epochs that keep everything.
+    pub warmup: usize,
+    /// Epochs of the decay.
+    pub decay: usize,
+}
+
+impl CosineDecay {
+    /// Down to `base` after 10 and 100 epochs, as in the papers.
+    pub fn to(base: f64) -> Self {
+        Self { base, top: 1.0, warmup: 10, decay: 100 }
+    }
+
+    /// The share at an iteration, counted over the whole training, in `epoch`, from 0 on.
+    pub fn share(&self, iteration: usize, epoch: usize, iterations_per_epoch: usize) -> f64 {
+        let &Self { base, top, warmup, decay } = self;
+        if epoch < warmup {
+            return 1.0;
+        }
+        if epoch >= warmup + decay {
+            return base;
+        }
+        let begins = iterations_per_epoch as f64 * warmup as f64;
+        let done = (iteration as f64 - begins) / (iterations_per_epoch as f64 * decay as f64);
+        base + (top - base) * ((done * std::f64::consts::PI).cos() + 1.0) * 0.5
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
