@@ -376,7 +376,7 @@ fn every_tower_is_merged_or_the_one_that_is_named() {
     );
     // One tower after the other, each in its own way.
     let passes = "r = 2\ntower = \"right\"\n[[pass]]\nkind = \"merge\"\nr = [1, 4]\ntower = \"left\"";
-    assert_eq!(merge(&model, passes).unwrap().metadata("vitrim.tokens"), Some("right=14,12;left=15,11"));
+    assert_eq!(merge(&model, passes).unwrap().metadata("vitrim.tokens"), Some("left=15,11;right=14,12"));
 }
 
 #[test]
