@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use vitrim_ir::{Expr, Model, OpType, Patch, Shapes, ValueId};
-use vitrim_ops::{Attention, OpDef, ProportionalAttention, TokenMerge, TokenMergeDynamic, TokenRestore};
+use vitrim_ops::{Attention, OpDef, ProportionalAttention, TokenRestore};
 
 use crate::Refusal;
 use crate::cost::{self, Cost};
@@ -45,8 +45,8 @@ pub struct Proposal {
 
 /// Operators whose first result has its tokens on the second axis.
 fn has_tokens_second(op: &OpType) -> bool {
-    let ops: [&dyn OpDef; 5] = [&TokenMerge, &TokenMergeDynamic, &TokenRestore, &Attention, &ProportionalAttention];
-    ops.iter().any(|known| known.op_type() == *op)
+    let others: [&dyn OpDef; 3] = [&TokenRestore, &Attention, &ProportionalAttention];
+    rules::reduces(op) || others.iter().any(|known| known.op_type() == *op)
 }
 
 /// Proposes the edits that leave out dead tokens. `towers` are those of the model as it was before any pass; values

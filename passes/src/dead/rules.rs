@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 
-use vitrim_ir::{Expr, FusedAttention, Graph, Node, Operands, Shapes, SkipNorm, ValueId};
+use vitrim_ir::{Expr, FusedAttention, Graph, Node, OpType, Operands, Shapes, SkipNorm, ValueId};
 use vitrim_ops::{
     Attention, OpDef, ProportionalAttention, TokenMerge, TokenMergeDynamic, TokenPrune, TokenPruneDynamic,
 };
@@ -23,6 +23,12 @@ pub(super) struct Needs {
     pub parts: Parts,
     /// The shape that its second operand must state.
     pub target: Option<Vec<i64>>,
+}
+
+/// Whether it is an operator of ours that reduces tokens: the second axis of its first operand and result.
+pub(super) fn reduces(op: &OpType) -> bool {
+    let ops: [&dyn OpDef; 4] = [&TokenMerge, &TokenMergeDynamic, &TokenPrune, &TokenPruneDynamic];
+    ops.iter().any(|known| known.op_type() == *op)
 }
 
 /// A value that holds, as a part of it, all that is wanted of another.
@@ -329,8 +335,7 @@ impl Rules<'_> {
             let extent = self.dims(value)?.get(part.factor.axis)?;
             Some(Source { value, factor: Factor::whole(part.factor.axis, extent), offset })
         };
-        let reductions: [&dyn OpDef; 4] = [&TokenMerge, &TokenMergeDynamic, &TokenPrune, &TokenPruneDynamic];
-        if reductions.iter().any(|op| op.op_type() == node.op) {
+        if reduces(&node.op) {
             // Protected tokens stay what they are: the first ones, and the last.
             let x = node.input(0).filter(|_| slot == 0 && part.factor.axis == 1)?;
             let left = || part.factor.extent.as_known();

@@ -78,28 +78,26 @@ impl Rewriter<'_> {
         queries: i64,
         hint: &str,
     ) -> Option<[Window; 2]> {
-        let [q_heads, k_heads] = [(0, fused.heads), (1, fused.kv_heads)].map(|(part, heads)| match heads {
-            Some(heads) => Some(heads as i64),
-            None => self.heads_of(node.input(fused.slots()[part])?, None),
-        });
-        let heads = q_heads.filter(|_| q_heads == k_heads)?;
+        let [q_heads, k_heads] = [(0, fused.heads), (1, fused.kv_heads)]
+            .map(|(part, heads)| self.heads_of(node.input(fused.slots()[part])?, heads));
+        let heads = q_heads.filter(|&heads| heads > 0 && q_heads == k_heads)?;
         let widths = self.widths(node, fused)?;
         let mut windows = Vec::with_capacity(2);
         for (part, name) in ["queries", "keys"].into_iter().enumerate() {
             let hint = format!("{hint}/{name}");
             let (from, all) = (widths[..part].iter().sum::<i64>(), heads * (widths[part] / heads));
-            let operand = fused.slots()[part];
+            let operand = node.input(fused.slots()[part])?;
             let value = match fused.operands {
-                Operands::Apart if self.rank(node.input(operand)) == Some(4) => {
+                Operands::Apart if self.rank(Some(operand)) == Some(4) => {
                     // [B, H, N, d] to [B, N, H * d]
-                    let operand = self.replacement(node.input(operand)?);
+                    let channels = self.vit.shapes.dims(operand)?.last()?.as_known()?;
+                    let operand = self.replacement(operand);
                     let rows = self.transpose(operand, &[0, 2, 1, 3], &format!("{hint}_by_token"));
-                    let channels = self.vit.shapes.dims(node.input(fused.slots()[part])?)?.last()?.as_known()?;
                     let value = self.reshape(rows, &[0, 0, -1], &hint);
                     windows.push(Window { heads, head_dim: channels, ..Window::of_all(value, heads * channels) });
                     continue;
                 }
-                Operands::Apart => self.replacement(node.input(operand)?),
+                Operands::Apart => self.replacement(operand),
                 Operands::Projected | Operands::Quantized => {
                     let (mut tokens, weight) = match fused.operands {
                         Operands::Projected => (self.replacement(node.input(0)?), node.input(1)?),
@@ -128,7 +126,7 @@ impl Rewriter<'_> {
     }
 
     /// Entries `from` to before `to` along an axis.
-    fn range(&mut self, value: ValueId, axis: i64, [from, to]: [i64; 2], hint: &str) -> ValueId {
+    pub(super) fn range(&mut self, value: ValueId, axis: i64, [from, to]: [i64; 2], hint: &str) -> ValueId {
         let bounds = [from, to, axis].map(|bound| self.ints(&format!("{hint}_range"), &[bound]));
         self.patch.op("Slice", hint, &[value, bounds[0], bounds[1], bounds[2]], &[])
     }

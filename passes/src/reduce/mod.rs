@@ -423,10 +423,12 @@ impl Rewriter<'_> {
 
     /// Sizes of the tokens of `x`, `[B, N, ·]`, at a stage.
     fn sizes(&mut self, stage: usize, x: ValueId) -> ValueId {
-        match self.stages.entry(stage).size {
-            Some(size) => size,
-            None => self.vitrim(&TokenSize, "vitrim/initial_size", &[x], &[], 1)[0],
-        }
+        let known = self.stages.entry(stage);
+        known.size.or(known.ones).unwrap_or_else(|| {
+            let ones = self.vitrim(&TokenSize, "vitrim/initial_size", &[x], &[], 1)[0];
+            self.stages.entry_mut(stage).ones = Some(ones);
+            ones
+        })
     }
 
     /// Declares the types of reduced tokens and their sizes where their number is found at run time. What follows from the

@@ -103,7 +103,8 @@ impl Plan {
                     }
                     Method::Prune(prune) => {
                         let others = special.prefix() + special.suffix;
-                        let patches = left.saturating_sub(others);
+                        // With fewer protected tokens than special ones a merge may have left no patches.
+                        let Some(patches) = left.checked_sub(others).filter(|&patches| patches > 0) else { continue };
                         let Some(share) = prune.schedule.share(block) else { continue };
                         let keep = keep_count(patches, share);
                         let (drops, attention_keep) = (keep < patches, prune.attention_keep);

@@ -204,10 +204,7 @@ impl Rewriter<'_> {
     fn rows_that_decide(&mut self, all: ValueId, hint: &str) -> ValueId {
         match self.queries() {
             ALL_QUERIES => all,
-            queries => {
-                let bounds = [0, queries, 2].map(|bound| self.ints(&format!("{hint}/first_queries"), &[bound]));
-                self.patch.op("Slice", &format!("{hint}/rows"), &[all, bounds[0], bounds[1], bounds[2]], &[])
-            }
+            queries => self.range(all, 2, [0, queries], &format!("{hint}/rows")),
         }
     }
 

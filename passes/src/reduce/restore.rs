@@ -81,52 +81,83 @@ impl Rewriter<'_> {
     /// As [`Rewriter::restored_as`] where tokens were dropped: they are as they last were in the residual stream, and what
     /// the model computes of the stream from there is computed anew for all of them.
     fn revived(&mut self, value: ValueId, source: ValueId, stage: usize) -> Result<ValueId, Refusal> {
-        if let Some(&known) = self.revived.get(&value) {
-            return Ok(known);
-        }
-        let (graph, axes) = (self.graph, &self.vit.axes);
-        let name = graph.value(value).name().to_owned();
-        let hint = format!("vitrim/{name}");
-        let refuse = |what: &str| Refusal::Pinned {
-            node: format!("the tensor '{name}'"),
-            reason: format!("it has to be restored after pruning, but {what}"),
+        // Back to the stream: a walk, not a recursion, for it may be long.
+        let mut way = Vec::new();
+        let (mut at, mut source, mut stage) = (value, source, stage);
+        let mut revived = loop {
+            if let Some(&known) = self.revived.get(&at) {
+                break known;
+            }
+            if !self.stages.has_dropped(stage) {
+                break self.restored_as(at, source, stage)?;
+            }
+            let Some(slot) = self.only_tokens(at)? else { break self.revived_stream(at, source, stage)? };
+            let operand = self.graph.producer(at).and_then(|(node, _)| self.graph.node(node).input(slot));
+            let read = operand.and_then(|operand| Some((operand, self.stage_read(operand)?)));
+            let (operand, read) = read.ok_or_else(|| self.lost(at, "its operand has no tokens"))?;
+            way.push((at, slot));
+            (at, source, stage) = (operand, self.replacement(operand), read);
         };
-        let (id, result) = graph.producer(value).ok_or_else(|| refuse("it has no producer"))?;
+        for (value, slot) in way.into_iter().rev() {
+            let (id, result) = self.graph.producer(value).ok_or_else(|| self.lost(value, "it has no producer"))?;
+            let node = self.graph.node(id);
+            let mut inputs = node.inputs.clone();
+            inputs[slot] = Some(revived);
+            let attributes: Vec<(&str, Attribute)> =
+                node.attributes.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
+            let hint = format!("vitrim/{}/of_all_tokens", self.graph.value(value).name());
+            revived = self.patch.call(node.op.clone(), &hint, inputs, &attributes, node.outputs.len())[result];
+            self.revived.insert(value, revived);
+        }
+        Ok(revived)
+    }
+
+    /// The operand slot with the tokens of which a value is computed, each by itself; none where branches join: that is
+    /// the stream.
+    fn only_tokens(&self, value: ValueId) -> Result<Option<usize>, Refusal> {
+        let (graph, axes) = (self.graph, &self.vit.axes);
+        let (id, _) = graph.producer(value).ok_or_else(|| self.lost(value, "it has no producer"))?;
         let node = graph.node(id);
         let carried: Vec<usize> = (0..node.inputs.len())
             .filter(|&slot| node.input(slot).is_some_and(|operand| axes.carries(operand)))
             .collect();
-        let layout = axes.layout(value).cloned().unwrap_or_default();
-        let revived = if carried.len() > 1 && axes.layout(axes.origin()) == Some(&layout) {
-            // Where branches join it is the stream.
-            let arrangement = self.arrangement(&layout);
-            let unknown = || refuse("its tokens share an axis with something else");
-            if arrangement.others() != 1 || !self.dtype(value).is_float() {
-                return Err(refuse("it is no stream of [batch, tokens, channels] in floating point"));
-            }
-            let there = self.tokens_second(source, &arrangement, stage, &hint).ok_or_else(unknown)?;
-            let all = self.all_tokens(there, stage, &hint).ok_or_else(unknown)?;
-            self.as_before(all, &arrangement, 0, &hint).ok_or_else(unknown)?
-        } else {
-            if layout.token_axes().len() > 1 {
-                return Err(refuse("it has an entry for each pair of tokens, and none for those that were dropped"));
-            }
-            let [slot] = carried[..] else { return Err(refuse("several tensors of tokens meet there")) };
-            if axes.effects_of(id).next().is_some() {
-                return Err(refuse(&format!("{} does more than to compute each token by itself", graph.describe(id))));
-            }
-            let operand = node.input(slot).ok_or_else(|| refuse("it has no operand"))?;
-            let stage = self.stage_read(operand).ok_or_else(|| refuse("its operand has no tokens"))?;
-            let operand = self.restored_as(operand, self.replacement(operand), stage)?;
-            let mut inputs = node.inputs.clone();
-            inputs[slot] = Some(operand);
-            let attributes: Vec<(&str, Attribute)> =
-                node.attributes.iter().map(|(name, value)| (name.as_str(), value.clone())).collect();
-            let hint = format!("{hint}/of_all_tokens");
-            self.patch.call(node.op.clone(), &hint, inputs, &attributes, node.outputs.len())[result]
-        };
+        let layout = axes.layout(value);
+        if carried.len() > 1 && axes.layout(axes.origin()) == layout {
+            return Ok(None);
+        }
+        if layout.is_some_and(|layout| layout.token_axes().len() > 1) {
+            let what = "it has an entry for each pair of tokens, and none for those that were dropped";
+            return Err(self.lost(value, what));
+        }
+        let [slot] = carried[..] else { return Err(self.lost(value, "several tensors of tokens meet there")) };
+        if axes.effects_of(id).next().is_some() {
+            let what = format!("{} does more than to compute each token by itself", graph.describe(id));
+            return Err(self.lost(value, &what));
+        }
+        Ok(Some(slot))
+    }
+
+    /// The stream with all tokens, those that were dropped as they last were in it.
+    fn revived_stream(&mut self, value: ValueId, source: ValueId, stage: usize) -> Result<ValueId, Refusal> {
+        let arrangement = self.arrangement(&self.vit.axes.layout(value).cloned().unwrap_or_default());
+        if arrangement.others() != 1 || !self.dtype(value).is_float() {
+            return Err(self.lost(value, "it is no stream of [batch, tokens, channels] in floating point"));
+        }
+        let hint = format!("vitrim/{}", self.graph.value(value).name());
+        let there = self.tokens_second(source, &arrangement, stage, &hint);
+        let all = there.and_then(|there| self.all_tokens(there, stage, &hint));
+        let revived = all.and_then(|all| self.as_before(all, &arrangement, 0, &hint));
+        let revived = revived.ok_or_else(|| self.lost(value, "its tokens share an axis with something else"))?;
         self.revived.insert(value, revived);
         Ok(revived)
+    }
+
+    /// Why a value cannot have all its tokens back after pruning.
+    fn lost(&self, value: ValueId, what: &str) -> Refusal {
+        Refusal::Pinned {
+            node: format!("the tensor '{}'", self.graph.value(value).name()),
+            reason: format!("it has to be restored after pruning, but {what}"),
+        }
     }
 
     /// For the tokens of `span`: their slots, counted from the first slot of the span.
