@@ -517,7 +517,12 @@ fn shares_that_make_no_sense_are_refused() {
         (&vit, "prune", &["--keep", "1,1,1,1,0.7"], "in block 4"),
         (&vit, "prune", &["--keep", "1,0.7", "--at", "1"], "leave at out"),
         (&vit, "prune", &["--keep", "0.7", "--at", "1", "--attention-keep", "0"], "share of connections to keep"),
-        (&vit, "prune", &["--keep", "0.7", "--at", "1", "--fuse", "--runtime-keep"], "fixed"),
+        (
+            &vit,
+            "prune",
+            &["--keep", "0.7", "--at", "1", "--fuse", "--runtime-keep", "--attention-keep", "0.5"],
+            "prune without fusing, or without the attention level",
+        ),
         (&vit, "prune", &["--keep", "1,0.7", "--runtime-keep"], "say in which blocks with at"),
         (&old, "merge", &["-r", "4,2", "--runtime-r"], "one r for all blocks"),
     ] {
@@ -530,6 +535,18 @@ fn shares_that_make_no_sense_are_refused() {
     );
     let told = folder.refuses(&["rewrite", &vit, "out.onnx", "--recipe", "r.toml"]);
     assert!(told.contains("must agree on proportional"), "{told}");
+    let fused = |keep: &str| format!("[[pass]]\nkind = \"prune\"\nat = [1]\nfuse = true\n{keep}\n");
+    let merged = |r: &str| format!("[[pass]]\nkind = \"merge\"\nr = {r}\n");
+    let dial = "keep = 0.7\nruntime_keep = true";
+    folder.write("r.toml", fused(dial) + &merged("[0, 0, 4]"));
+    let told = folder.refuses(&["rewrite", &vit, "out.onnx", "--recipe", "r.toml"]);
+    assert!(told.contains("prune without fusing, or merge before"), "{told}");
+    // A merge before it does not meet that token, and neither is the number of tokens in doubt where nothing is a dial.
+    for recipe in [merged("[4, 4]") + &fused(dial), fused("keep = 0.7") + &merged("[0, 0, 4]")] {
+        folder.write("r.toml", recipe);
+        folder.prints(&["rewrite", &vit, "out.onnx", "--recipe", "r.toml"]);
+        folder.prints(&["verify", &vit, "out.onnx", "--min-cosine", "0.5"]);
+    }
 }
 
 #[test]

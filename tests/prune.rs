@@ -2,13 +2,15 @@
 
 mod common;
 
+use std::collections::HashSet;
+
 use common::{
-    Entry, Scratch, conclude, constant, integers, kernels, load, ort, relative, rewrite, runtimes, try_run, zoo,
+    Entry, Scratch, conclude, constant, images, integers, kernels, load, ort, relative, rewrite, runtimes, try_run, zoo,
 };
 use ndarray::{ArrayD, Axis, Ix2, Ix4, s};
 use vitrim::runtime::{Feeds, Outputs};
 use vitrim::tensor::{DType, Tensor};
-use vitrim_ir::{DataType, Patch, TensorType};
+use vitrim_ir::{DataType, Effect, Model, Patch, Span, TensorType, ValueId};
 use vitrim_passes::driver;
 use vitrim_passes::recipe::{KeepSpec, MergeSpec, PassSpec, PruneSpec};
 use vitrim_passes::reduce::{KEEP_INPUT, R_INPUT, SOURCE_OUTPUT};
@@ -103,6 +105,111 @@ fn those_stay_that_receive_the_most_attention() {
     conclude("attention received", count, &failures);
 }
 
+/// What a change that reaches nothing may do to outputs: the graphs are the same, so are all routes to their numbers.
+const UNCHANGED: f64 = 0.0;
+
+/// The least that a change does that reaches something, far above what float32 rounds to.
+const CHANGED: f64 = 1e-4;
+
+/// A model with a bias for each pair of tokens in the attention behind the first cut.
+fn with_bias(entry: &Entry) -> Model {
+    let (prepared, vit) = driver::inspect(&entry.read()).unwrap_or_else(|refusal| panic!("{}: {refusal}", entry.name));
+    let tokens = vit.tokens().as_known().expect("it is fixed") as usize;
+    let entries: Vec<f32> = (0..tokens * tokens).map(|at| (at as f32).sin()).collect();
+    let mut patch = Patch::new(&prepared, "test");
+    let bias = patch.constant("bias", vitrim_ir::Tensor::f32s(&[tokens, tokens], &entries));
+    for attention in vit.blocks[1..].iter().flat_map(|block| &block.attentions) {
+        let softmax = attention.core.softmax;
+        let scores = prepared.graph().node(softmax).input(0).expect("scores");
+        let biased = patch.op("Add", "biased", &[scores, bias], &[]);
+        patch.rewire(softmax, 0, biased);
+    }
+    patch.apply(&prepared).unwrap_or_else(|error| panic!("{}: {error}", entry.name)).0
+}
+
+/// Adds or takes one in turn in the entries that tables behind the first cut have for these tokens; `None` where there are
+/// no tables.
+fn with_other_entries(model: &Model, tokens: &[usize]) -> Option<Model> {
+    let (prepared, vit) = driver::inspect(model).expect("it was pruned before");
+    let graph = prepared.graph();
+    let mut behind: HashSet<ValueId> = HashSet::new();
+    let mut patch = Patch::new(&prepared, "test");
+    for (id, node) in graph.nodes() {
+        if id == vit.blocks[0].cut || node.operands().any(|operand| behind.contains(&operand)) {
+            behind.extend(node.results());
+        }
+        for effect in vit.axes.effects_of(id) {
+            let Effect::Table { slot, axes } = effect else { continue };
+            if !node.results().any(|result| behind.contains(&result)) {
+                continue;
+            }
+            let table = node.input(*slot).expect("a table");
+            let dims = vit.shapes.dims(table).expect("the shape of a table is known");
+            let dims: Vec<usize> = dims.iter().map(|dim| dim.as_known().expect("it is fixed") as usize).collect();
+            let entries = ArrayD::from_shape_fn(dims.clone(), |at| {
+                let of = |&(axis, span): &(usize, Span)| tokens.contains(&((at[axis] as i64 + span.front) as usize));
+                // What is the same in all channels would be lost in norms.
+                let sign = if at[dims.len() - 1] % 2 == 0 { 1.0 } else { -1.0 };
+                if axes.iter().any(of) { sign } else { 0.0 }
+            });
+            let entries = vitrim_ir::Tensor::f32s(&dims, &entries.into_iter().collect::<Vec<f32>>());
+            let entries = patch.constant("other", entries);
+            let other = patch.op("Add", "with_other", &[table, entries], &[]);
+            patch.rewire(id, *slot, other);
+        }
+    }
+    if patch.is_empty() {
+        return None;
+    }
+    Some(patch.apply(&prepared).unwrap_or_else(|error| panic!("{error}")).0)
+}
+
+/// In tables the extra token takes the place of the token that weighs most in it: it has the entries of that one, and
+/// nothing has those of the others that left.
+#[test]
+fn what_is_fused_has_the_place_of_its_heaviest() {
+    let scratch = Scratch::new("places");
+    let backend = ort();
+    let (mut count, mut failures) = (0, Vec::new());
+    let plain = zoo().into_iter().find(|entry| entry.name == "timm_vit_ts17_unfused").expect("it is a fixture");
+    let biased = [(with_bias(&plain), plain)];
+    for (model, entry) in zoo().into_iter().map(|entry| (entry.read(), entry)).chain(biased) {
+        let Ok((pruned, _)) = rewrite(&model, pruning(&[0], true)) else { continue };
+        if entry.is_coarse(&model) || with_other_entries(&model, &[]).is_none() {
+            continue;
+        }
+        let feeds = entry.feeds(load(backend.as_ref(), &entry.model).as_ref()).remove(0);
+        // Tables are those of all images: with one image it is clear which entries are read.
+        let feeds = images(&feeds, 0, 1);
+        let path = scratch.save_as(&entry.name, &pruned, &entry.model);
+        let outputs = try_run(backend.as_ref(), &path, &feeds).unwrap_or_else(|reason| panic!("{reason}"));
+        let source = outputs.iter().find(|(name, _)| name.starts_with(SOURCE_OUTPUT));
+        let source: Vec<i64> = integers(source.expect("the source is traced").1).into_iter().collect();
+        let together = |token: &usize| source.iter().filter(|&&slot| slot == source[*token]).count() > 1;
+        let (received, ..) = received(&entry, &scratch, &feeds).expect("attention that is written out");
+        let received: Vec<f64> = received.into_iter().collect();
+        let mut fused: Vec<usize> = (0..source.len()).filter(together).collect();
+        fused.sort_by(|&a, &b| received[b].total_cmp(&received[a]));
+        let (&heaviest, others) = fused.split_first().expect("some leave");
+        assert!(received[heaviest] - received[others[0]] > MARGIN * received[heaviest], "{}: a tie", entry.name);
+        let changed = [&[], others, &[heaviest]].map(|tokens| {
+            let changed = with_other_entries(&model, tokens).expect("it has tables");
+            let (pruned, _) = rewrite(&changed, pruning(&[0], true)).unwrap_or_else(|refusal| panic!("{refusal}"));
+            let path = scratch.save_as(&entry.name, &pruned, &entry.model);
+            try_run(backend.as_ref(), &path, &feeds).unwrap_or_else(|reason| panic!("{reason}"))
+        });
+        let apart = |at: usize| {
+            let apart = changed[0].iter().filter_map(|(name, tensor)| Some(relative(tensor, changed[at].get(name)?)));
+            apart.fold(0.0, f64::max)
+        };
+        count += 1;
+        if apart(1) > UNCHANGED || apart(2) < CHANGED {
+            failures.push(format!("{}: {:e} by others, {:e} by the heaviest", entry.name, apart(1), apart(2)));
+        }
+    }
+    conclude("places of what is fused", count, &failures);
+}
+
 /// Kernels take other routes to the same numbers.
 const KERNEL_TOLERANCE: f64 = 1e-4;
 
@@ -166,10 +273,12 @@ const COARSE_DIAL_TOLERANCE: f64 = 5e-2;
 fn one_file_keeps_every_share() {
     let shares = [0.5, 0.7, 1.0];
     let settings = shares.map(|share| Tensor::from_f64(DType::F64, &ArrayD::from_elem(vec![], share)));
-    dial_is_exact(KEEP_INPUT, &settings, |at, runtime_keep| {
-        let (keep, at) = (KeepSpec::Constant(shares[at]), Some(vec![0, 1]));
-        PassSpec::Prune(PruneSpec { keep, at, runtime_keep, ..PruneSpec::default() })
-    });
+    for fuse in [false, true] {
+        dial_is_exact(KEEP_INPUT, &settings, |at, runtime_keep| {
+            let (keep, at) = (KeepSpec::Constant(shares[at]), Some(vec![0, 1]));
+            PassSpec::Prune(PruneSpec { keep, at, fuse, runtime_keep, ..PruneSpec::default() })
+        });
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Groupings at work: which slot an original token is in, and whose place a slot keeps, after all acts up to a stage.
 
-use vitrim_ir::{Attribute, DataType, Tensor, ValueId};
+use vitrim_ir::{Attribute, Tensor, ValueId};
 use vitrim_ops::{TokenAssign, TokenRestore};
 
 use super::Rewriter;
@@ -22,8 +22,8 @@ pub(super) enum Others {
     Dropped {
         /// The slot of every token; -1 for those that are nowhere.
         assign: ValueId,
-        /// The slot that those who left are in.
-        extra: Option<i64>,
+        /// What decided, `[B, N]` float32.
+        score: ValueId,
         /// All tokens before, `[B, N, C]`.
         tokens: ValueId,
     },
@@ -55,18 +55,60 @@ impl Rewriter<'_> {
         }
         let before = self.own_slot(stage - 1);
         let mut assign = self.assign(stage)?;
-        if let Some(Grouping { others: Others::Dropped { extra: Some(extra), .. }, .. }) =
-            self.stages.entry(stage).grouping
-        {
+        if let Some(is_fused) = self.is_fused(stage) {
             let hint = format!("vitrim/assign{stage}");
-            let extra = self.ints(&format!("{hint}_extra"), &[extra]);
-            let is_extra = self.patch.op("Equal", &format!("{hint}_is_extra"), &[assign, extra], &[]);
             let nowhere = self.ints(&format!("{hint}_nowhere"), &[-1]);
-            assign = self.patch.op("Where", &format!("{hint}_own"), &[is_extra, nowhere, assign], &[]);
+            assign = self.patch.op("Where", &format!("{hint}_own"), &[is_fused, nowhere, assign], &[]);
         }
         let own = self.followed_by(before, assign, stage, "own_slot");
         self.stages.entry_mut(stage).own_slot = Some(own);
         Some(own)
+    }
+
+    /// Whether each token of the stage before is in the extra token that a pruning makes at `stage`, `[B, N]`: it has no
+    /// anchor. Where that slot is, and whether there is one, may be known only at run time.
+    fn is_fused(&mut self, stage: usize) -> Option<ValueId> {
+        let Grouping { anchor, others } = self.stages.entry(stage).grouping?;
+        let Others::Dropped { assign, .. } = others else { return None };
+        if !self.stages.fuses(stage) {
+            return None;
+        }
+        if let Some(known) = self.stages.entry(stage).is_fused {
+            return Some(known);
+        }
+        // Everyone has a slot: those that leave have that one.
+        let hint = format!("vitrim/fused{stage}");
+        let along = [("axis", Attribute::Int(1))];
+        let anchor = self.patch.op("GatherElements", &format!("{hint}_anchor"), &[anchor, assign], &along);
+        let is_fused = self.is_negative(anchor, &hint);
+        self.stages.entry_mut(stage).is_fused = Some(is_fused);
+        Some(is_fused)
+    }
+
+    fn is_negative(&mut self, positions: ValueId, hint: &str) -> ValueId {
+        let zero = self.ints(&format!("{hint}_zero"), &[0]);
+        self.patch.op("Less", hint, &[positions, zero], &[])
+    }
+
+    /// The token of the stage before whose place each slot has, `[B, M]`: its anchor; for EViT's extra token the one that
+    /// weighs most in it, of equals the first.
+    fn places(&mut self, stage: usize) -> Option<ValueId> {
+        let Grouping { anchor, others } = self.stages.entry(stage).grouping?;
+        let (Others::Dropped { score, .. }, Some(is_fused)) = (others, self.is_fused(stage)) else {
+            return Some(anchor);
+        };
+        if let Some(known) = self.stages.entry(stage).places {
+            return Some(known);
+        }
+        let hint = format!("vitrim/places{stage}");
+        let least = self.patch.constant(&format!("{hint}_least"), Tensor::f32s(&[1], &[f32::NEG_INFINITY]));
+        let weights = self.patch.op("Where", &format!("{hint}_weights"), &[is_fused, score, least], &[]);
+        let along = [("axis", Attribute::Int(1))];
+        let heaviest = self.patch.op("ArgMax", &format!("{hint}_heaviest"), &[weights], &along);
+        let is_extra = self.is_negative(anchor, &format!("{hint}_extra"));
+        let places = self.patch.op("Where", &hint, &[is_extra, heaviest, anchor], &[]);
+        self.stages.entry_mut(stage).places = Some(places);
+        Some(places)
     }
 
     /// The slot of every token of the stage before.
@@ -135,37 +177,29 @@ impl Rewriter<'_> {
         Some(all)
     }
 
-    /// The original token whose place each slot keeps, composed of the acts up to `stage`.
+    /// The original token whose place each slot has, composed of the acts up to `stage`.
     pub(super) fn anchor(&mut self, stage: usize) -> Option<ValueId> {
-        let Grouping { anchor, .. } = self.stages.entry(stage).grouping?;
+        let places = self.places(stage)?;
         if let Some(known) = self.stages.entry(stage).anchor {
             return Some(known);
         }
         let composed = match self.anchor(stage - 1) {
             Some(before) => {
                 let axis = [("axis", Attribute::Int(1))];
-                self.patch.op("GatherElements", &format!("vitrim/anchor{stage}"), &[before, anchor], &axis)
+                self.patch.op("GatherElements", &format!("vitrim/anchor{stage}"), &[before, places], &axis)
             }
-            None => anchor,
+            None => places,
         };
         self.stages.entry_mut(stage).anchor = Some(composed);
         Some(composed)
     }
 
     /// What has a row for each token of stage `from`, `[B, N, ·]`, for the slots of a later stage: the rows of those whose
-    /// places they keep; for EViT's extra token any.
+    /// places they have.
     pub(super) fn rows_at(&mut self, value: ValueId, from: usize, stage: usize, hint: &str) -> ValueId {
         (from + 1..=stage).fold(value, |value, stage| {
-            let Some(Grouping { anchor, others }) = self.stages.entry(stage).grouping else { return value };
-            let anchor = match others {
-                Others::Dropped { extra: Some(_), .. } => {
-                    let zero =
-                        self.patch.constant(&format!("{hint}/zero"), Tensor::integers(DataType::I64, &[1], &[0]));
-                    self.patch.op("Max", &format!("{hint}/anchors"), &[anchor, zero], &[])
-                }
-                _ => anchor,
-            };
-            self.vitrim(&TokenRestore, &format!("{hint}/of_anchors"), &[value, anchor], &[], 1)[0]
+            let Some(places) = self.places(stage) else { return value };
+            self.vitrim(&TokenRestore, &format!("{hint}/of_anchors"), &[value, places], &[], 1)[0]
         })
     }
 }

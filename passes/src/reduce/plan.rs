@@ -18,7 +18,7 @@ pub(super) enum Act {
     /// The best patches stay.
     Prune {
         keep: Keep,
-        /// Whether those that leave become one token behind the patches.
+        /// Whether those that leave, if any do, become one token behind the patches.
         fuse: bool,
         /// Share of the connections that each patch keeps, if not all.
         attention_keep: Option<f64>,
@@ -152,8 +152,11 @@ impl Plan {
                     acts.for_each(|(acts, r)| acts.push(Act::Merge { method, r }));
                 }
                 Method::Prune(prune) => {
-                    if prune.fuse {
-                        return refuse("making one token of those that leave needs token counts that are fixed");
+                    if prune.fuse && prune.attention_keep.is_some() {
+                        return refuse(
+                            "connections of the token that is made of those that leave stay open, and whether there is \
+                             one is known only at run time: prune without fusing, or without the attention level",
+                        );
                     }
                     if prune.runtime && !matches!(prune.schedule, KeepSchedule::At(..)) {
                         return refuse("what is kept at run time is one share: say in which blocks with at");
@@ -161,10 +164,17 @@ impl Plan {
                     for (block, acts) in plan.acts.iter_mut().enumerate() {
                         let Some(share) = prune.schedule.share(block) else { continue };
                         let keep = if prune.runtime { Keep::Input } else { Keep::Share(share) };
-                        acts.push(Act::Prune { keep, fuse: false, attention_keep: prune.attention_keep });
+                        acts.push(Act::Prune { keep, fuse: prune.fuse, attention_keep: prune.attention_keep });
                     }
                 }
             }
+        }
+        let mut acts = plan.acts.iter().flatten().skip_while(|act| !matches!(act, Act::Prune { fuse: true, .. }));
+        if acts.any(|act| matches!(act, Act::Merge { .. })) {
+            return refuse(
+                "a merge leaves out the token that a pruning before it makes of those that leave, and whether there is \
+                 one is known only at run time: prune without fusing, or merge before",
+            );
         }
         Ok(plan)
     }

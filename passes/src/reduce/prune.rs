@@ -31,12 +31,11 @@ impl Rewriter<'_> {
         let common =
             [("protect", protect), ("suffix", suffix), ("fuse", fuse.into()), ("dtype", stream.dtype.code().into())];
         let name = format!("{hint}/prune");
-        let (results, extra) = match (keep, self.stages.count(stage).and_then(|tokens| tokens.as_known())) {
+        let results = match (keep, self.stages.count(stage).and_then(|tokens| tokens.as_known())) {
             (Keep::Count(keep), Some(tokens)) => {
                 let keep = keep as i64;
                 let attributes = [&[("keep", keep), ("tokens", tokens)], &common[..]].concat();
-                let results = self.vitrim(&TokenPrune, &name, &[x, score, size], &attributes, 4);
-                (results, fuse.then_some(protect + keep))
+                self.vitrim(&TokenPrune, &name, &[x, score, size], &attributes, 4)
             }
             (Keep::Count(_), None) => return Err(Refusal::Internal("tokens are counted without a count".into())),
             (Keep::Share(_) | Keep::Input, _) => {
@@ -49,10 +48,10 @@ impl Rewriter<'_> {
                 let k = self.share_of_patches(x, share, &format!("{hint}/keep"));
                 let results = self.vitrim(&TokenPruneDynamic, &name, &[x, score, size, k], &common, 4);
                 self.declare_reduced([results[0], results[1]], stream);
-                (results, None)
+                results
             }
         };
-        let others = Others::Dropped { assign: results[3], extra, tokens: x };
+        let others = Others::Dropped { assign: results[3], score, tokens: x };
         stream.value = results[0];
         stream.stage += 1;
         // As long as nothing was merged all sizes are one, which costs nothing.

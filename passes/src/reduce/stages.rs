@@ -27,7 +27,11 @@ pub(super) struct Stage {
     pub owner: Option<ValueId>,
     /// The same, without those in an extra token that they do not make up.
     pub own_slot: Option<ValueId>,
-    /// Original token whose place each slot keeps.
+    /// Whether each token of the stage before is in an extra token.
+    pub is_fused: Option<ValueId>,
+    /// The token of the stage before whose place each slot has.
+    pub places: Option<ValueId>,
+    /// Original token whose place each slot has.
     pub anchor: Option<ValueId>,
     /// All original tokens as they were before the act.
     pub all_before: Option<ValueId>,
@@ -44,7 +48,7 @@ pub(super) struct Stages {
     counts: Vec<Option<Expr>>,
     /// The stage that each block's attention is in, and the one behind its acts.
     blocks: Vec<[usize; 2]>,
-    /// Whether each stage begins with a pruning, and whether that leaves an extra token.
+    /// Whether each stage begins with a pruning, and whether that makes one more token of those that it drops.
     prunings: Vec<Option<bool>>,
     /// Special tokens at the end.
     suffix: usize,
@@ -77,12 +81,18 @@ impl Stages {
         self.prunings[..=stage].iter().any(Option::is_some)
     }
 
+    /// Whether those that are dropped where a stage begins are made one more.
+    pub fn fuses(&self, stage: usize) -> bool {
+        self.prunings[stage] == Some(true)
+    }
+
     /// Whether dropped tokens were made one more up to a stage.
     pub fn has_fused(&self, stage: usize) -> bool {
         self.prunings[..=stage].contains(&Some(true))
     }
 
     /// Tokens at the end that take no part in merging: special ones, and what the last pruning left of those it dropped.
+    /// Where only the run tells whether it dropped any, `plan` refuses what would rely on the latter.
     pub fn suffix(&self, stage: usize) -> usize {
         let last = self.prunings[..=stage].iter().rev().find_map(|pruning| *pruning);
         self.suffix + usize::from(last == Some(true))

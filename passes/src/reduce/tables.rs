@@ -4,7 +4,8 @@
 //! like the tokens themselves: a sum or product with a mean of tokens is meant, and with rotary tables it keeps outputs
 //! measurably closer to those of the unmerged model than either the anchor's row or the row at the mean position.
 //! What concerns pairs of tokens (relative-position biases, masks), or is no floating-point number, or differs from
-//! image to image is that of the slot's anchor, whose place the slot keeps.
+//! image to image is that of the slot's anchor, whose place the slot keeps. So is everything once tokens were dropped.
+//! EViT's extra token has no anchor: it takes the place of the token that weighs most in it.
 
 use vitrim_ir::{Attribute, Effect, FusedAttention, NodeId, Span, Tensor, ValueId};
 use vitrim_ops::TokenMean;
@@ -51,13 +52,6 @@ impl Rewriter<'_> {
         let hint = format!("vitrim/{}/stage{}", self.graph.value(table.value).name(), table.stage);
         let result = match table {
             _ if self.options.sliced => self.first_entries(id, &table, &hint)?,
-            _ if self.stages.has_fused(table.stage) => {
-                return Err(self.pinned(
-                    id,
-                    "it has a table with entries for tokens, and none for the token that is made of those that leave: \
-                     prune without fusing",
-                ));
-            }
             _ if self.has_images(&table) => self.entries_per_image(id, &table, &hint)?,
             _ => self.entries(id, &table, &hint)?,
         };
@@ -171,7 +165,7 @@ impl Rewriter<'_> {
         Ok(self.patch.op("Slice", &format!("{hint}/first"), &[table.value, bounds[0], bounds[1], bounds[2]], &[]))
     }
 
-    /// For the slots of `span` at a stage: the original tokens whose places they keep, `[B, M]`, counted from the first
+    /// For the slots of `span` at a stage: the original tokens whose places they have, `[B, M]`, counted from the first
     /// token of the span.
     fn anchors(&mut self, id: NodeId, stage: usize, span: Span, hint: &str) -> Result<ValueId, Refusal> {
         let anchor = self.anchor(stage).ok_or_else(|| self.pinned(id, "nothing is merged before it"))?;
