@@ -206,12 +206,20 @@ impl Node {
     }
 }
 
+/// The version of the format from which on constants are apart from the inputs of a graph (see [`Def::Default`]).
+pub const CONSTANTS_APART: i64 = 4;
+
 /// Where a value comes from.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Def {
     /// Fed at run time (and nothing else gives it a value).
     Input,
-    /// A constant of the file; in files of IR version 3 it is a graph input as well.
+    /// An input that may be left out: then it is this tensor. It is no constant, for callers may replace it.
+    ///
+    /// In a file that is an initializer with the name of an input. Up to version 3 of the format every initializer of the
+    /// main graph had to have that, and runtimes take its value as fixed: there it is a [`Def::Initializer`].
+    Default(Tensor),
+    /// A constant of the file; up to version 3 of the format it is a graph input as well.
     Initializer(Tensor),
     /// A sparse constant, carried as it is.
     SparseInitializer,
@@ -265,6 +273,7 @@ impl Value {
     pub fn ty(&self) -> Option<TensorType> {
         match &self.def {
             Def::Initializer(tensor) => Some(tensor.ty()),
+            Def::Default(tensor) if self.info.is_none() => Some(tensor.ty()),
             _ => self.info.as_ref().and_then(ValueInfo::tensor_type),
         }
     }
@@ -332,7 +341,8 @@ impl Graph {
         self.order.is_empty()
     }
 
-    /// Inputs in file order; in files of IR version 3 initializers are among them (see [`Graph::feeds`]).
+    /// Inputs in file order, also those that may be left out (see [`Graph::feeds`]); up to version 3 of the format
+    /// initializers are among them.
     pub fn inputs(&self) -> &[ValueId] {
         &self.inputs
     }
@@ -347,7 +357,7 @@ impl Graph {
         &self.outputs
     }
 
-    /// Initializers in file order.
+    /// Initializers in file order: constants, and what inputs are that are left out.
     pub fn initializers(&self) -> &[ValueId] {
         &self.initializers
     }
@@ -360,7 +370,7 @@ impl Graph {
         }
     }
 
-    /// The constant that `value` holds: an initializer, or the result of a `Constant` node.
+    /// The constant that `value` holds: an initializer that callers cannot replace, or the result of a `Constant` node.
     pub fn constant(&self, value: ValueId) -> Option<std::borrow::Cow<'_, Tensor>> {
         use std::borrow::Cow;
         match &self.value(value).def {

@@ -27,7 +27,7 @@ pub use builder::GraphBuilder;
 pub use canonical::canonicalise;
 pub use dim::Expr;
 pub use fused::{FusedAttention, Operands, SkipNorm};
-pub use graph::{Attribute, Def, Graph, Node, OpType, OpaqueAttribute, Use, Value};
+pub use graph::{Attribute, CONSTANTS_APART, Def, Graph, Node, OpType, OpaqueAttribute, Use, Value};
 pub use id::{NodeId, ValueId};
 pub use inline::{InlineError, inline_functions};
 pub use lift::{LIFTED, LiftError, lift_opset};

@@ -8,7 +8,7 @@ mod tests;
 
 use std::collections::{HashMap, HashSet};
 
-use crate::graph::{Attribute, Def, Graph, Names, Node, OpType, Value, legible};
+use crate::graph::{Attribute, CONSTANTS_APART, Def, Graph, Names, Node, OpType, Value, legible};
 use crate::onnx::{OperatorSetIdProto, ValueInfo};
 use crate::{DataType, Model, NodeId, Shapes, Tensor, ValueId};
 
@@ -18,8 +18,6 @@ const OLDEST: i64 = 9;
 pub const LIFTED: i64 = 13;
 /// The first version of the format in which models name the operator sets that they use.
 const OPSETS_SINCE: i64 = 3;
-/// The first version of the format in which constants need not be inputs of the graph.
-const CONSTANTS_APART: i64 = 4;
 
 /// Why a model cannot be lifted.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -214,8 +212,6 @@ struct Site<'g> {
     graph: &'g Graph,
     node: &'g Node,
     facts: &'g [Fact],
-    /// Whether callers may replace constants that are inputs of the graph.
-    replaceable: bool,
 }
 
 impl Site<'_> {
@@ -224,11 +220,9 @@ impl Site<'_> {
         self.node.input(slot).and_then(|id| self.facts.get(id.slot())).cloned().unwrap_or_default()
     }
 
-    /// Operand `slot`, if it is a constant that nobody can replace.
+    /// Operand `slot`, if it is a constant.
     fn constant(&self, slot: usize) -> Option<Tensor> {
-        let id = self.node.input(slot)?;
-        let fixed = !(self.replaceable && self.graph.inputs.contains(&id));
-        self.graph.constant(id).filter(|_| fixed).map(|tensor| tensor.into_owned())
+        self.graph.constant(self.node.input(slot)?).map(|tensor| tensor.into_owned())
     }
 
     /// Whether operand `slot` is known to have no elements.
@@ -515,7 +509,6 @@ impl Lifter {
     fn graph(&mut self, graph: &mut Graph, facts: &[Fact], nested: bool) -> Result<(), LiftError> {
         let mut constants = Constants::new();
         let mut replaced = Vec::new();
-        let replaceable = self.ir_version >= CONSTANTS_APART || nested;
         for id in graph.order.clone() {
             self.nested_graphs(graph, id, facts)?;
             let node = graph.node(id);
@@ -526,12 +519,12 @@ impl Lifter {
                     return Err(self.refuse(graph, id, format!("it is no operator of opset {}", self.from)));
                 }
             };
-            let site = Site { graph, node, facts, replaceable };
+            let site = Site { graph, node, facts };
             let edit = convert(&site).map_err(|reason| self.refuse(graph, id, reason))?;
             replaced.extend(self.edit(graph, id, edit, &mut constants, nested));
         }
         graph.reconnect();
-        remove_unused(graph, &replaced, replaceable);
+        remove_unused(graph, &replaced);
         Ok(())
     }
 
@@ -631,11 +624,10 @@ impl Lifter {
     }
 }
 
-/// Removes constants among `replaced` that nothing reads any more; runtimes warn of those. Those that callers may replace
-/// stay: they belong to the interface.
-fn remove_unused(graph: &mut Graph, replaced: &[ValueId], replaceable: bool) {
-    let mut kept: HashSet<ValueId> = graph.outputs.iter().copied().collect();
-    kept.extend(graph.inputs.iter().filter(|_| replaceable));
+/// Removes constants among `replaced` that nothing reads any more; runtimes warn of those. What callers may replace stays:
+/// it belongs to the interface.
+fn remove_unused(graph: &mut Graph, replaced: &[ValueId]) {
+    let kept: HashSet<ValueId> = graph.outputs.iter().copied().collect();
     let mut gone = HashSet::new();
     let mut producers = HashSet::new();
     for &id in replaced {

@@ -18,6 +18,9 @@ use crate::{Verified, validate};
 /// Largest message that protobuf readers accept, in bytes.
 const PROTOBUF_LIMIT: usize = i32::MAX as usize;
 
+/// The version of the format that a file has which names none.
+pub(crate) const IR_UNSTATED: i64 = 3;
+
 /// Versions of the operator sets that a model or function imports.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Opsets(pub(crate) Vec<OperatorSetIdProto>);
@@ -164,7 +167,7 @@ impl Model {
 
     /// IR version; 3 where the file does not say.
     pub fn ir_version(&self) -> i64 {
-        self.rest.ir_version.unwrap_or(3)
+        self.rest.ir_version.unwrap_or(IR_UNSTATED)
     }
 
     /// Name of the tool that wrote the file.

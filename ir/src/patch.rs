@@ -5,7 +5,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::graph::{Attribute, Def, Graph, Names, Node, OpType, Use, Value};
+use crate::graph::{Attribute, CONSTANTS_APART, Def, Graph, Names, Node, OpType, Use, Value};
 use crate::model::{Function, Model};
 use crate::onnx::{self, ValueInfo};
 use crate::{NodeId, Tensor, TensorType, ValueId};
@@ -22,7 +22,8 @@ pub struct Patch {
     rewires: Vec<Rewire>,
     outputs: Vec<(usize, ValueId)>,
     new_outputs: Vec<(String, ValueId, TensorType)>,
-    new_inputs: Vec<ValueId>,
+    /// Whether new values are inputs.
+    adds_inputs: bool,
     attributes: Vec<(NodeId, String, Attribute)>,
     types: Vec<(ValueId, ValueInfo)>,
     forgotten: Vec<ValueId>,
@@ -96,7 +97,7 @@ impl Patch {
             rewires: Vec::new(),
             outputs: Vec::new(),
             new_outputs: Vec::new(),
-            new_inputs: Vec::new(),
+            adds_inputs: false,
             attributes: Vec::new(),
             types: Vec::new(),
             forgotten: Vec::new(),
@@ -115,7 +116,7 @@ impl Patch {
             self.rewires.len(),
             self.outputs.len(),
             self.new_outputs.len(),
-            self.new_inputs.len(),
+            self.adds_inputs.into(),
             self.attributes.len(),
         ];
         let notes =
@@ -135,9 +136,8 @@ impl Patch {
 
     /// A new graph input of that name which may be left out: then it is `default`.
     pub fn input(&mut self, name: &str, default: Tensor) -> ValueId {
-        let value = self.value(name, Def::Initializer(default));
-        self.new_inputs.push(value);
-        value
+        self.adds_inputs = true;
+        self.value(name, Def::Default(default))
     }
 
     /// A new value; where `def` is [`Def::Undefined`], a node added later must give it.
@@ -273,8 +273,8 @@ impl Patch {
     /// The model with the edits made.
     ///
     /// Nodes that nothing depends on any more go, with the constants that only they read; so do constants that lost
-    /// their last reader. What was unused before stays, unless it reads something that goes (or [`Patch::sweep`] was
-    /// asked for).
+    /// their last reader. What callers may replace stays, and so does what was unused before, unless it reads something
+    /// that goes (or [`Patch::sweep`] was asked for).
     pub fn apply(self, model: &Model) -> Result<(Model, Diff), PatchError> {
         let now = model.graph.revision;
         if now != self.revision {
@@ -323,14 +323,14 @@ impl Patch {
 
     fn edit_graph(mut self, graph: &mut Graph) -> Result<(), PatchError> {
         for value in std::mem::take(&mut self.values) {
-            let constant = matches!(value.def, Def::Initializer(_));
+            let fixed = matches!(value.def, Def::Initializer(_));
+            let replaceable = matches!(value.def, Def::Default(_));
             let declared = value.info.is_some();
             let ty = value.ty();
             let id = graph.add_value(value);
-            if constant {
+            if fixed || replaceable {
                 graph.initializers.push(id);
-                // Before version 4 of the format every initializer had to be an input as well.
-                if self.ir_version < 4 || self.new_inputs.contains(&id) {
+                if replaceable || self.ir_version < CONSTANTS_APART {
                     graph.inputs.push(id);
                     graph.value_mut(id).info = ty.as_ref().map(ValueInfo::of);
                 }
@@ -548,8 +548,12 @@ fn remove_dead(graph: &mut Graph, before: &Graph, sweeps: bool) -> usize {
     let parameters = annotations.iter().flat_map(|annotation| &annotation.quant_parameter_tensor_names);
     let parameters: HashSet<&str> = parameters.filter_map(|entry| entry.value.as_deref()).collect();
     let outputs: HashSet<ValueId> = graph.outputs.iter().copied().collect();
+    // What callers may replace belongs to the interface.
     let unused = |&&id: &&ValueId| {
         let value = graph.value(id);
+        if matches!(value.def, Def::Default(_)) {
+            return false;
+        }
         let was_unused = before.get_value(id).is_some_and(|value| value.uses.is_empty());
         value.uses.is_empty() && !was_unused && !outputs.contains(&id) && !parameters.contains(value.name.as_str())
     };
@@ -561,7 +565,7 @@ fn remove_dead(graph: &mut Graph, before: &Graph, sweeps: bool) -> usize {
     let exists = |id: &ValueId| values[id.slot()].is_some();
     graph.initializers.retain(exists);
     graph.declared.retain(exists);
-    // Only constants can go that are inputs as well; nothing read what would be fed there.
+    // Up to version 3 of the format constants are inputs as well.
     graph.inputs.retain(exists);
     if !annotations.is_empty() {
         let names: HashSet<&str> = values.iter().flatten().map(|value| value.name.as_str()).collect();
@@ -573,9 +577,9 @@ fn remove_dead(graph: &mut Graph, before: &Graph, sweeps: bool) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::DataType;
     use crate::onnx::testing::*;
     use crate::onnx::{GraphProto, ModelProto, StringStringEntryProto, TensorAnnotation, TensorProto};
+    use crate::{DataType, Expr, Shapes};
 
     fn value(model: &Model, name: &str) -> ValueId {
         model.graph().find_value(name).unwrap_or_else(|| panic!("there is a value '{name}'"))
@@ -721,6 +725,38 @@ mod tests {
         patch.append_output("kept", value(&model, "y"), f32_2());
         let (edited, _) = apply(patch, &model);
         assert_eq!((edited.graph().inputs().len(), edited.graph().initializers().len()), (3, 2));
+    }
+
+    #[test]
+    fn an_input_with_a_default_stays_and_is_no_constant() {
+        let inputs = vec![node("Add", &["x", "w"], &["a"]), node("Neg", &["a"], &["y"])];
+        let both = GraphProto { initializer: vec![weight("w")], ..graph(&["x", "w"], inputs, &["y"]) };
+        let proto = model(both);
+        let model = proto.clone().read();
+        let w = value(&model, "w");
+        assert!(matches!(model.graph().value(w).def(), Def::Default(_)));
+        assert_eq!(model.graph().constant(w), None);
+        assert_eq!(model.graph().feeds().collect::<Vec<_>>(), [value(&model, "x")]);
+        assert_eq!(model.message(), proto);
+
+        let mut patch = Patch::new(&model, "test");
+        patch.rewire(producer(&model, "y"), 0, value(&model, "x"));
+        let (edited, _) = apply(patch, &model);
+        assert_eq!((edited.graph().inputs().len(), edited.graph().initializers().len()), (2, 1));
+
+        // One that a patch adds is no constant for the analysis either.
+        let mut patch = Patch::new(&model, "test");
+        let shape = patch.input("shape", Tensor::shape(&[1, 2]));
+        assert!(!patch.is_empty());
+        let reshaped = patch.op("Reshape", "reshaped", &[value(&model, "a"), shape], &[]);
+        patch.rewire(producer(&model, "y"), 0, reshaped);
+        let (edited, _) = apply(patch, &model);
+        let shapes = Shapes::infer(&edited);
+        assert_eq!(shapes.ints(value(&edited, "shape")), None);
+        assert_eq!(shapes.dims(value(&edited, "shape")), Some(&[Expr::known(2)][..]));
+        let dims = shapes.dims(value(&edited, "reshaped")).unwrap();
+        assert!(dims.len() == 2 && dims.iter().all(|dim| dim.as_known().is_none()), "{dims:?}");
+        assert!(!shapes.is_data(value(&edited, "w")));
     }
 
     #[test]

@@ -193,6 +193,7 @@ impl Checker<'_> {
             let defined = match value.def() {
                 Def::Node(node, slot) => graph.get_node(*node).and_then(|node| node.output(*slot)) == Some(id),
                 Def::Input => inputs.contains(&id),
+                Def::Default(_) => inputs.contains(&id) && initializers.contains(&id),
                 Def::Initializer(_) => initializers.contains(&id),
                 Def::Undefined => !read,
                 Def::SparseInitializer | Def::Captured(_) => true,
@@ -223,7 +224,7 @@ impl Checker<'_> {
     fn ports(&mut self, graph: &Graph, at: &Place<'_>, nested: bool) {
         let place = at.name;
         for value in graph.inputs.iter().filter_map(|&id| graph.get_value(id)) {
-            if !matches!(value.def(), Def::Input | Def::Initializer(_)) {
+            if !matches!(value.def(), Def::Input | Def::Default(_) | Def::Initializer(_)) {
                 self.report(10, format!("{place}: the input '{}' is computed", value.name()));
             }
         }

@@ -5,7 +5,8 @@ use std::borrow::Cow;
 
 use serde::Serialize;
 use vitrim_ir::{
-    DataType, InlineError, LIFTED, LiftError, Model, Patch, PatchError, canonicalise, inline_functions, lift_opset,
+    CONSTANTS_APART, DataType, InlineError, LIFTED, LiftError, Model, Patch, PatchError, canonicalise,
+    inline_functions, lift_opset,
 };
 use vitrim_ops::{Attention, DOMAIN, OpDef, ProportionalAttention};
 
@@ -34,6 +35,9 @@ const NEWEST_OPSET: i64 = 28;
 
 /// The version of the format that introduced local functions.
 const FUNCTIONS_SINCE: i64 = 8;
+
+/// What the user should know where a model leaves version 3 of the format.
+const CONSTANTS_CAME_APART: &str = "weights are no graph inputs any more: the format has them apart since IR version 4";
 
 /// How to rewrite.
 #[derive(Clone, Copy, Debug, Default)]
@@ -112,7 +116,11 @@ pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Mode
             "this model was rewritten before (by vitrim {version}); rewrite the original, or pass --force"
         )));
     }
-    let (original, notes) = prepare(model)?;
+    let (mut original, mut notes) = prepare(model)?;
+    // What is given at run time is an input that may be left out.
+    if recipe.passes.iter().any(PassSpec::at_run_time) && original.require_ir_version(CONSTANTS_APART) > 0 {
+        notes.push(CONSTANTS_CAME_APART.into());
+    }
     let towers = recognise::towers(&original)?;
     let cost_before = towers.iter().find_map(|tower| cost(&original, tower.found.as_ref().ok()?, &[]));
     let nodes_before = original.graph().len();
@@ -122,8 +130,7 @@ pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Mode
     if !recipe.passes.is_empty() {
         rewrite.reduce(&recipe.passes)?;
     }
-    // What is an input of the model has a default, which must not be taken for what it is.
-    if !options.keep_dead && !recipe.passes.iter().any(PassSpec::at_run_time) {
+    if !options.keep_dead {
         rewrite.eliminate_dead_tokens()?;
     }
     rewrite.finish(recipe)
@@ -244,9 +251,7 @@ impl<'a> Rewrite<'a> {
             inline_functions(&mut model, |_| true).map_err(|error| Refusal::Request(error.to_string()))?;
         }
         if changed && !model.functions().is_empty() && model.require_ir_version(FUNCTIONS_SINCE) > 0 {
-            report
-                .notes
-                .push("weights are no graph inputs any more: the format has them apart since IR version 4".into());
+            report.notes.push(CONSTANTS_CAME_APART.into());
         }
         report.nodes_after = model.graph().len();
         Ok((model, report))

@@ -32,7 +32,7 @@ fn unfold(round: &mut Round<'_>, nested: &Graph) -> Option<Vec<ValueId>> {
                 round.patch.value(value.name(), def)
             }
             Def::Undefined => continue,
-            Def::Input | Def::SparseInitializer => return None,
+            Def::Input | Def::Default(_) | Def::SparseInitializer => return None,
         };
         here.insert(id, Some(value));
     }

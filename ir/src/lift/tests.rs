@@ -67,6 +67,13 @@ impl Case {
         if self.replaceable || self.ir_version < CONSTANTS_APART {
             model.graph.inputs.extend(inputs.iter().skip(1).flatten());
         }
+        if self.replaceable {
+            for value in model.graph.values.iter_mut().flatten() {
+                if let Def::Initializer(tensor) = &value.def {
+                    value.def = Def::Default(tensor.clone());
+                }
+            }
+        }
         model
     }
 

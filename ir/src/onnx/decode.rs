@@ -11,8 +11,8 @@ use bytes::Bytes;
 use prost::Message;
 
 use super::*;
-use crate::graph::{Attribute, Def, Graph, Node, OpType, OpaqueAttribute, Value, legible};
-use crate::model::{Function, Model, Opsets};
+use crate::graph::{Attribute, CONSTANTS_APART, Def, Graph, Node, OpType, OpaqueAttribute, Value, legible};
+use crate::model::{Function, IR_UNSTATED, Model, Opsets};
 use crate::{Tensor, ValueId};
 
 /// Why a file is not a usable ONNX model.
@@ -83,7 +83,7 @@ pub(crate) fn decode_model(bytes: Bytes, files: ExternalFiles<'_>) -> Result<Mod
     }
     let opsets = opsets(std::mem::take(&mut proto.opset_import), "graph")?;
     let metadata = pairs(std::mem::take(&mut proto.metadata_props));
-    let mut decoder = Decoder { files };
+    let mut decoder = Decoder { files, ir_version: proto.ir_version.unwrap_or(IR_UNSTATED) };
     let graph = decoder.graph(graph, "graph", None)?;
     let mut keys = HashSet::new();
     let mut functions = Vec::with_capacity(proto.functions.len());
@@ -162,6 +162,7 @@ impl Scope<'_> {
 
 struct Decoder<'f> {
     files: ExternalFiles<'f>,
+    ir_version: i64,
 }
 
 impl Decoder<'_> {
@@ -215,12 +216,15 @@ impl Decoder<'_> {
         for tensor in std::mem::take(&mut proto.initializer) {
             let tensor = self.tensor(tensor)?;
             let name = tensor.proto.name.clone().unwrap_or_default();
-            // One that is an input as well is that input's default value.
             let id = match scope.names.get(&name) {
-                Some(&id) if matches!(scope.graph.value(id).def, Def::Input) => id,
-                _ => scope.define(&name, Def::Undefined)?,
+                Some(&id) if matches!(scope.graph.value(id).def, Def::Input) => {
+                    let replaceable = self.ir_version >= CONSTANTS_APART || outer.is_some();
+                    let def = if replaceable { Def::Default } else { Def::Initializer };
+                    scope.graph.value_mut(id).def = def(tensor);
+                    id
+                }
+                _ => scope.define(&name, Def::Initializer(tensor))?,
             };
-            scope.graph.value_mut(id).def = Def::Initializer(tensor);
             scope.graph.initializers.push(id);
         }
         for sparse in &proto.sparse_initializer {

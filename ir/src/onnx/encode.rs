@@ -108,7 +108,7 @@ impl Encoder {
     }
 
     fn initializer(&self, value: &Value) -> Option<TensorProto> {
-        let Def::Initializer(tensor) = &value.def else { return None };
+        let (Def::Default(tensor) | Def::Initializer(tensor)) = &value.def else { return None };
         let proto = self.tensor(tensor);
         Some(TensorProto { name: Some(value.name.clone()), ..proto })
     }

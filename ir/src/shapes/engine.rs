@@ -134,6 +134,8 @@ impl Round<'_> {
             let fact = given(id).or_else(|| match value.def() {
                 Def::Initializer(tensor) => Some(constant(tensor)),
                 Def::Input => Some(self.declared(value.name(), value.ty(), place.prefix)),
+                // A parameter, whatever callers may give: what is made of it alone is no data, and no constant.
+                Def::Default(_) => Some(Fact { data: false, ..self.declared(value.name(), value.ty(), place.prefix) }),
                 Def::Captured(outer) => place.outer.get(outer.slot()).cloned(),
                 Def::SparseInitializer => {
                     Some(Fact { reason: Some("it is a sparse constant".into()), ..Fact::default() })

@@ -5,6 +5,7 @@ use vitrim_ir::{Atom, Attribute, Expr, Layout, Span, ValueId};
 use vitrim_ops::TokenRestore;
 
 use super::Rewriter;
+use super::extents::{Extent, reshape_target};
 use crate::Refusal;
 
 /// What a factor of an axis stands for.
@@ -125,8 +126,8 @@ impl Rewriter<'_> {
         let order = arrangement.order()?;
         let mut value = source;
         if arrangement.shares() {
-            let target = self.target(arrangement.factors().map(std::slice::from_ref), stage)?;
-            value = self.reshape(value, &target, &format!("{hint}/factors"));
+            let target = self.extents(arrangement.factors().map(std::slice::from_ref), stage);
+            value = self.reshape_to(value, &target, stage, &format!("{hint}/factors"))?;
         } else {
             let units = arrangement.units();
             value = self.with_axes("Squeeze", value, &units, &format!("{hint}/squeezed"));
@@ -153,26 +154,21 @@ impl Rewriter<'_> {
         }
         value = self.transpose(value, &inverse(&order), &format!("{hint}/as_before"));
         if arrangement.shares() {
-            let target = self.target(arrangement.axes.iter().map(Vec::as_slice), stage)?;
-            return Some(self.reshape(value, &target, &format!("{hint}/joined")));
+            let target = self.extents(arrangement.axes.iter().map(Vec::as_slice), stage);
+            return self.reshape_to(value, &target, stage, &format!("{hint}/joined"));
         }
         let units = arrangement.units();
         Some(self.with_axes("Unsqueeze", value, &units, &format!("{hint}/unsqueezed")))
     }
 
-    /// Extents of axes made of the given factors; one of them may be left to the operator.
-    fn target<'a>(&self, axes: impl Iterator<Item = &'a [Role]>, stage: usize) -> Option<Vec<i64>> {
-        let tokens = self.stages.count(stage).and_then(|count| count.as_known());
+    /// Extents of axes made of the given factors.
+    fn extents<'a>(&self, axes: impl Iterator<Item = &'a [Role]>, stage: usize) -> Vec<Extent> {
         let extent = |role: &Role| match role {
-            Role::Batch => self.vit.axes.batch().as_known(),
-            Role::Tokens(span) => Some(tokens? - span.front - span.back),
-            Role::Other(extent) => extent.as_known(),
+            Role::Batch => Extent::of(self.vit.axes.batch()),
+            Role::Tokens(span) => self.tokens_of(*span, stage),
+            Role::Other(extent) => Extent::of(extent),
         };
-        let product =
-            |roles: &[Role]| roles.iter().map(extent).try_fold(1i64, |product, extent| product.checked_mul(extent?));
-        let extents: Vec<Option<i64>> = axes.map(product).collect();
-        let open = extents.iter().filter(|extent| extent.is_none()).count();
-        (open <= 1).then(|| extents.into_iter().map(|extent| extent.unwrap_or(-1)).collect())
+        axes.map(|roles| Extent::product(roles.iter().map(extent))).collect()
     }
 
     /// For each image the entries of `value` along `axis` at `positions`, `[B, K]`, where the images have the axis `batch`.
@@ -242,6 +238,18 @@ impl Rewriter<'_> {
     pub(super) fn reshape(&mut self, value: ValueId, target: &[i64], hint: &str) -> ValueId {
         let target = self.ints(&format!("{hint}_shape"), target);
         self.patch.op("Reshape", hint, &[value, target], &[])
+    }
+
+    /// A `Reshape` to the given extents at a stage, one of which may be open; `None` where that does not suffice.
+    pub(super) fn reshape_to(
+        &mut self,
+        value: ValueId,
+        extents: &[Extent],
+        stage: usize,
+        hint: &str,
+    ) -> Option<ValueId> {
+        let target = self.shape(&reshape_target(extents, |_| false)?, stage, &format!("{hint}_shape"))?;
+        Some(self.patch.op("Reshape", hint, &[value, target], &[]))
     }
 
     /// A `Squeeze` or `Unsqueeze`, if there are axes.

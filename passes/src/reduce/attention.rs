@@ -7,6 +7,8 @@ use vitrim_ir::{Attribute, Span, ValueId};
 use vitrim_ops::{Attention, OpDef, ProportionalAttention};
 
 use super::Rewriter;
+use super::extents::Extent;
+use crate::Refusal;
 use crate::recognise::{Form, PlainAttention, Window};
 
 impl Rewriter<'_> {
@@ -17,11 +19,11 @@ impl Rewriter<'_> {
         }
         for (at, block) in self.vit.blocks.iter().enumerate() {
             let stage = self.stages.of_block(at);
-            let counted = self.stages.count(stage).is_some_and(|count| count.as_known().is_some());
+            let countable = self.is_countable(stage);
             let fits = |window: &Window| {
                 // What has batch and tokens on one axis is told apart by the count.
-                let counted = counted || !matches!(window.form, Form::Flat { .. });
-                counted && self.stages.of(window.value) == Some(stage)
+                let apart = countable || !matches!(window.form, Form::Flat { .. });
+                apart && self.stages.of(window.value) == Some(stage)
             };
             for attention in &block.attentions {
                 let Some(plain) = self.vit.plain_attention(self.graph, attention) else { continue };
@@ -35,13 +37,16 @@ impl Rewriter<'_> {
     }
 
     /// Puts our operators in the place of a block's plain attention; proportional where tokens have sizes that count.
-    pub(super) fn replace_plain_attention(&mut self, block: usize) {
+    pub(super) fn replace_plain_attention(&mut self, block: usize) -> Result<(), Refusal> {
         let stage = self.stages.of_block(block);
         for attention in &self.vit.blocks[block].attentions {
             let id = attention.core.softmax;
             let Some(PlainAttention { q, k, v, scale, y }) = self.plain.get(&id).copied() else { continue };
             let hint = format!("vitrim/{}", self.graph.value(y.value).name());
-            let mut inputs: Vec<_> = [q, k, v].map(|window| self.channels_last(window, stage, &hint)).into();
+            let mut inputs = Vec::with_capacity(4);
+            for window in [q, k, v] {
+                inputs.push(self.channels_last(window, stage, &hint)?);
+            }
             let size = self.size_over(stage, Span::ALL).filter(|_| self.weights.proportional);
             let op: &dyn OpDef = if size.is_some() { &ProportionalAttention } else { &Attention };
             inputs.extend(size);
@@ -57,24 +62,23 @@ impl Rewriter<'_> {
             };
             self.replace(y.value, result);
         }
+        Ok(())
     }
 
     /// The tensor of a window as `[B, N, W]`. Once for each: readers of one tensor stay so.
-    pub(super) fn channels_last(&mut self, window: Window, stage: usize, hint: &str) -> ValueId {
+    pub(super) fn channels_last(&mut self, window: Window, stage: usize, hint: &str) -> Result<ValueId, Refusal> {
         let value = self.replacement(window.value);
         if let Some(&joined) = self.joined.get(&value) {
-            return joined;
+            return Ok(joined);
         }
         let target = match window.form {
-            Form::Joined => return value,
-            Form::Split => [0, 0, -1],
-            Form::Flat { width } => {
-                let count = self.stages.count(stage).and_then(|count| count.as_known());
-                [-1, count.expect("such windows are plain where tokens are counted"), width]
-            }
+            Form::Joined => return Ok(value),
+            Form::Split => [Extent::Known(0), Extent::Known(0), Extent::Open],
+            Form::Flat { width } => [Extent::Open, self.tokens_of(Span::ALL, stage), Extent::Known(width)],
         };
-        let joined = self.reshape(value, &target, &format!("{hint}/channels_last"));
+        let joined = self.reshape_to(value, &target, stage, &format!("{hint}/channels_last"));
+        let joined = joined.ok_or_else(|| Refusal::Internal("a flat window over tokens without a count".into()))?;
         self.joined.insert(value, joined);
-        joined
+        Ok(joined)
     }
 }

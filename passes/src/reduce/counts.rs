@@ -81,7 +81,7 @@ impl Rewriter<'_> {
     }
 
     /// The axis of the origin that holds the tokens and nothing else.
-    fn origin_tokens(&self) -> Option<usize> {
+    pub(super) fn origin_tokens(&self) -> Option<usize> {
         self.vit.axes.layout(self.vit.axes.origin())?.token_axis().map(|(axis, _)| axis)
     }
 

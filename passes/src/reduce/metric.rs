@@ -2,6 +2,7 @@
 
 use vitrim_ir::{Attribute, Expr, Span, Tensor, ValueId};
 
+use super::extents::Extent;
 use super::precision::Coding;
 use super::{Metric, Rewriter};
 use crate::Refusal;
@@ -57,7 +58,7 @@ impl Rewriter<'_> {
                 Metric::Value => plain.v,
                 _ => plain.k,
             };
-            return Ok(Window { value: self.channels_last(window, self.stages.of_block(block), hint), ..window });
+            return Ok(Window { value: self.channels_last(window, self.stages.of_block(block), hint)?, ..window });
         }
         let (reader, slot, name) = match metric {
             Metric::Query => (core.scores, core.slots.query, "query"),
@@ -77,7 +78,7 @@ impl Rewriter<'_> {
             dtype if dtype.is_float() => Coding::Plain(dtype),
             _ => self.coding_of_operand(reader, slot).ok_or_else(unknown)?,
         };
-        let layout = self.vit.axes.layout(value).ok_or_else(unknown)?;
+        let layout = self.vit.axes.layout(value).ok_or_else(unknown)?.clone();
         let channels = roles.iter().position(|&role| role == Channels).and_then(|at| layout.0[at].plain_extent());
         let channels = channels.and_then(|extent| extent.as_known()).ok_or_else(unknown)?;
         let value = self.as_f32(value, coding, &format!("{hint}/{name}"));
@@ -86,28 +87,12 @@ impl Rewriter<'_> {
         // Split heads off the batch where they share an axis.
         let (value, roles) = match roles.as_slice() {
             [BatchAndHeads, a, b] => {
-                let count = self.stages.count(self.stages.of_block(block)).and_then(|count| count.as_known());
-                let extent = |at: usize| match roles[at] {
-                    Tokens => count,
-                    _ => layout.0[at].plain_extent().and_then(|extent| extent.as_known()),
-                };
-                let known = |at: usize| extent(at).map(Ok).unwrap_or(Err(unknown()));
-                // One extent may stay open: the batch takes it when the token count is known.
-                let target = match (extent(1), extent(2)) {
-                    (Some(first), Some(second)) => vec![-1, heads, first, second],
-                    _ => {
-                        let batch = self.vit.axes.batch().as_known().ok_or_else(unknown)?;
-                        let channels = if roles[1] == Tokens { known(2)? } else { known(1)? };
-                        if roles[1] == Tokens {
-                            vec![batch, heads, -1, channels]
-                        } else {
-                            vec![batch, heads, channels, -1]
-                        }
-                    }
-                };
-                let target = self.ints(&format!("{hint}/{name}_shape"), &target);
-                let split = self.patch.op("Reshape", &format!("{hint}/{name}_heads"), &[value, target], &[]);
-                (split, vec![Batch, Heads, *a, *b])
+                let stage = self.stages.of_block(block);
+                let batch = Extent::of(self.vit.axes.batch());
+                let [first, second] = [1, 2].map(|at| self.extent(&layout.0[at], stage));
+                let target = [batch, Extent::Known(heads), first, second];
+                let split = self.reshape_to(value, &target, stage, &format!("{hint}/{name}_heads"));
+                (split.ok_or_else(unknown)?, vec![Batch, Heads, *a, *b])
             }
             _ => (value, roles),
         };

@@ -18,6 +18,7 @@ mod attention;
 mod contract;
 mod counts;
 mod cut;
+mod extents;
 mod fused;
 mod grouping;
 mod mask;
@@ -36,7 +37,10 @@ mod weigh;
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
-use vitrim_ir::{Attribute, DataType, DimSpec, Effect, Graph, Model, NodeId, Patch, Span, Tensor, TensorType, ValueId};
+use vitrim_ir::{
+    Attribute, CONSTANTS_APART, DataType, DimSpec, Effect, Graph, Model, NodeId, Patch, Span, Tensor, TensorType,
+    ValueId,
+};
 use vitrim_ops::{DOMAIN, OpDef, TokenSize, VERSION};
 
 use crate::Refusal;
@@ -134,9 +138,6 @@ pub struct Reduction {
 
 /// The usual name of the output that tells where tokens went.
 pub const SOURCE_OUTPUT: &str = "token_source";
-
-/// The version of the format from which on an input with an initializer is one with a default.
-const INPUTS_HAVE_DEFAULTS: i64 = 4;
 
 /// The input that says how many tokens to merge in each block: an int64 scalar.
 pub const R_INPUT: &str = "r";
@@ -319,7 +320,7 @@ impl Rewriter<'_> {
 
     fn reduce_blocks(&mut self) -> Result<(), Refusal> {
         for block in 0..self.vit.blocks.len() {
-            self.replace_plain_attention(block);
+            self.replace_plain_attention(block)?;
             self.mask_attention(block)?;
             if !self.acts[block].is_empty() {
                 self.reduce_block(block)?;
@@ -409,10 +410,10 @@ impl Rewriter<'_> {
         if self.graph.find_value(name).is_some() {
             return Err(Refusal::Request(format!("the model has a value named '{name}' already")));
         }
-        if self.model.ir_version() < INPUTS_HAVE_DEFAULTS {
+        if self.model.ir_version() < CONSTANTS_APART {
             return Err(Refusal::Request(format!(
                 "the model's format (IR version {}) has no inputs that can be left out: convert it to version \
-                 {INPUTS_HAVE_DEFAULTS} or newer",
+                 {CONSTANTS_APART} or newer",
                 self.model.ir_version()
             )));
         }

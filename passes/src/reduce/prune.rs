@@ -115,8 +115,8 @@ impl Rewriter<'_> {
             return Ok(self.score_of_weights(weights, hint));
         }
         if let Some(plain) = self.plain.get(&core.softmax).copied() {
-            let [q, k] =
-                [plain.q, plain.k].map(|window| Window { value: self.channels_last(window, stage, hint), ..window });
+            let q = Window { value: self.channels_last(plain.q, stage, hint)?, ..plain.q };
+            let k = Window { value: self.channels_last(plain.k, stage, hint)?, ..plain.k };
             return Ok(self.score_of_windows(q, k, plain.scale, stage, hint));
         }
         match &core.fused {

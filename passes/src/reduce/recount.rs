@@ -1,10 +1,10 @@
 //! Operators that state the token count get the right one.
 
-use vitrim_ir::{Attribute, Axis, Effect, FusedAttention, NodeId, Tensor, ValueId};
+use vitrim_ir::{Attribute, Effect, FusedAttention, NodeId, Tensor, ValueId};
 
 use super::Rewriter;
+use super::extents::{Extent, all_known, reshape_target};
 use crate::Refusal;
-use crate::target::reshape_target;
 
 impl Rewriter<'_> {
     pub(super) fn recount(&mut self) -> Result<(), Refusal> {
@@ -30,60 +30,28 @@ impl Rewriter<'_> {
         let (Some(operand), Some(result)) = (node.input(0), node.output(0)) else { return Ok(()) };
         let from = self.vit.axes.layout(operand).cloned().unwrap_or_default();
         let to = self.vit.axes.layout(result).cloned().unwrap_or_default();
-        let tokens = self.stages.count(stage);
-        let extent = |axis: &Axis| match (&tokens, axis.plain_extent()) {
-            (_, Some(plain)) => plain.as_known(),
-            (Some(tokens), None) => axis.extent(tokens).and_then(|extent| extent.as_known()),
-            (None, None) => None,
-        };
-        let hint = format!("vitrim/{}", self.graph.value(result).name());
-        let extents: Vec<Option<i64>> = to.0.iter().map(extent).collect();
-        let target: Option<Vec<i64>> = if node.is("Expand") {
+        let extents: Vec<Extent> = to.0.iter().map(|axis| self.extent(axis, stage)).collect();
+        let target = if node.is("Expand") {
             // One leaves an axis as it is.
             let lead = to.rank() - from.rank();
             let keeps = |at: usize| at.checked_sub(lead).is_some_and(|at| !from.0[at].atoms().is_empty());
-            extents.iter().enumerate().map(|(at, extent)| if keeps(at) { Some(1) } else { *extent }).collect()
+            let stated = |(at, extent)| if keeps(at) { Extent::Known(1) } else { extent };
+            Some(extents.into_iter().enumerate().map(stated).collect())
         } else {
             reshape_target(&extents, |at| from.0.get(at) == to.0.get(at))
         };
-        if let Some(target) = target {
-            if target.contains(&0) && node.int("allowzero").unwrap_or(0) != 0 {
-                self.patch.set_attribute(id, "allowzero", Attribute::Int(0));
-            }
-            if self.graph.constant(node.input(slot).unwrap_or(operand)).and_then(|old| old.to_i64s()).as_ref()
-                != Some(&target)
-            {
-                let target = self.ints(&format!("{hint}/shape"), &target);
-                self.patch.rewire(id, slot, target);
-            }
-            return Ok(());
+        let refusal = self.pinned(id, "it has a shape whose extents cannot be found at run time");
+        let unknown = || refusal.clone();
+        let target: Vec<Extent> = target.ok_or_else(unknown)?;
+        if target.contains(&Extent::Known(0)) && node.int("allowzero").unwrap_or(0) != 0 {
+            self.patch.set_attribute(id, "allowzero", Attribute::Int(0));
         }
-        // Several extents are known only at run time: read them off the operand; what is no axis of it is what is left.
-        let shape = self.patch.op("Shape", &format!("{hint}/operand_shape"), &[operand], &[]);
-        let mut parts = Vec::new();
-        let mut inferred = false;
-        for (at, axis) in to.0.iter().enumerate() {
-            let same = from.0.iter().position(|other| other == axis);
-            parts.push(match (extents[at], same) {
-                (Some(extent), _) => self.ints(&format!("{hint}/extent{at}"), &[extent]),
-                (None, Some(same)) => {
-                    let index = self.ints(&format!("{hint}/axis{at}"), &[same as i64]);
-                    self.patch.op(
-                        "Gather",
-                        &format!("{hint}/extent{at}"),
-                        &[shape, index],
-                        &[("axis", Attribute::Int(0))],
-                    )
-                }
-                (None, None) if !inferred && node.is("Reshape") => {
-                    inferred = true;
-                    self.ints(&format!("{hint}/rest"), &[-1])
-                }
-                _ => return Err(self.pinned(id, "it has a shape whose extents cannot be found at run time")),
-            });
+        let stated = self.graph.constant(node.input(slot).unwrap_or(operand)).and_then(|stated| stated.to_i64s());
+        if stated.is_none() || stated != all_known(&target) {
+            let hint = format!("vitrim/{}/shape", self.graph.value(result).name());
+            let target = self.shape(&target, stage, &hint).ok_or_else(unknown)?;
+            self.patch.rewire(id, slot, target);
         }
-        let target = self.patch.op("Concat", &format!("{hint}/shape"), &parts, &[("axis", Attribute::Int(0))]);
-        self.patch.rewire(id, slot, target);
         Ok(())
     }
 

@@ -17,6 +17,8 @@ pub(super) struct Stage {
     pub size: Option<ValueId>,
     /// Connections that are open, `[B, M, M]`.
     pub mask: Option<ValueId>,
+    /// How many tokens there are, `[1]`, where that shows only at run time.
+    pub count: Option<ValueId>,
     /// One for each token, `[B, M, 1]`.
     pub ones: Option<ValueId>,
     /// Where the tokens of the stage before are.
