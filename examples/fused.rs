@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use forms::{Form, Norms, Plan, Projected, vit};
+use forms::{Form, Norms, Plan, Projected, Scores, vit};
 use vitrim::bench::{Summary, interleave};
 use vitrim::feeds::noise::{Noise, NoiseArgs};
 use vitrim::runtime::{self, RuntimeArgs, RuntimeKind};
@@ -75,7 +75,7 @@ struct Args {
 fn main() -> Result<()> {
     let args = Args::parse();
     let Args { image, patch, width, heads, depth, .. } = args;
-    let plan = Plan { image, patch, width, heads, depth, expansion: 4, pooled: false };
+    let plan = Plan { image, patch, width, heads, depth, expansion: 4, pooled: false, scores: Scores::PLAIN };
     let backend =
         RuntimeArgs { runtime: RuntimeKind::Ort, threads: args.threads, ..RuntimeArgs::default() }.backend()?;
     let work = tempfile::tempdir()?;

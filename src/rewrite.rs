@@ -123,7 +123,7 @@ pub struct PruneArgs {
     #[arg(long)]
     pub fuse: bool,
     /// Share of the connections between patches that later blocks keep (Tri-Level E-ViT's attention level). It saves no
-    /// time: runtimes compute what a mask hides
+    /// time: runtimes compute what a mask hides, and fused attention is written out
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
     pub attention_keep: Option<f64>,
     /// Make the share an input of the model, `keep` (a float64 scalar), for one file at every speed; --keep is what it is

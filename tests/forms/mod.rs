@@ -25,6 +25,32 @@ pub struct Plan {
     pub expansion: i64,
     /// Whether the head reads the mean of all tokens, and not the class token.
     pub pooled: bool,
+    /// What becomes of the products of queries and keys.
+    pub scores: Scores,
+}
+
+/// What becomes of the products of queries and keys: scaled, capped, biased.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Scores {
+    /// What they are multiplied with; the usual where not given.
+    pub scale: Option<f32>,
+    pub cap: Option<f32>,
+    pub bias: Bias,
+}
+
+impl Scores {
+    /// Scaled, as usual.
+    pub const PLAIN: Self = Self { scale: None, cap: None, bias: Bias::None };
+}
+
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Bias {
+    None,
+    /// A number for each head and pair of tokens.
+    Table,
+    /// Each token sees two thirds of the others, the class token among them; a mask of booleans where the operator takes
+    /// one.
+    Mask,
 }
 
 impl Plan {
@@ -49,6 +75,8 @@ pub enum Form {
     Standard {
         heads_apart: bool,
     },
+    /// The same with one head of keys and values for all of the queries.
+    Shared,
     /// `MultiHeadAttention`: with a constant bias, one that is computed, or keys and values with an axis of heads.
     MultiHead(Projected),
     /// `Attention` of ONNX Runtime: with a constant matrix, or one that is computed.
@@ -59,6 +87,10 @@ pub enum Form {
     PackedBiased,
     /// `QAttention`.
     Quantized,
+    /// Two attentions that read the same tokens, whose results are added; or one with the heads of both.
+    Two {
+        joint: bool,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -180,7 +212,8 @@ impl Writer {
     }
 
     fn by_heads(&mut self, x: ValueId) -> ValueId {
-        let shape = self.ints(&[0, 0, self.plan.heads, -1]);
+        let head_dim = self.plan.width / self.plan.heads;
+        let shape = self.ints(&[0, 0, -1, head_dim]);
         let split = self.op("Reshape", &[x, shape], &[]);
         self.op("Transpose", &[split], &[("perm", Attribute::Ints(vec![0, 2, 1, 3]))])
     }
@@ -191,9 +224,37 @@ impl Writer {
         self.op("Reshape", &[joined, shape], &[])
     }
 
+    /// What is added to the scores, `[1, H, N, N]`; as a mask in booleans where the operator takes one.
+    fn scores_bias(&mut self, name: &str, booleans: bool) -> Option<ValueId> {
+        let [heads, tokens] = [self.plan.heads, self.plan.tokens()].map(|extent| extent as usize);
+        let dims = [1, heads, tokens, tokens];
+        let sees = |at: usize| {
+            let (row, column) = (at / tokens % tokens, at % tokens);
+            column == 0 || row.abs_diff(column) % 3 != 2
+        };
+        let pairs = || (0..heads * tokens * tokens).map(sees);
+        let bias = match self.plan.scores.bias {
+            Bias::None => return None,
+            Bias::Table => {
+                let name = format!("{name}/bias");
+                return Some(self.weight(&name, &dims.map(|extent| extent as i64), 2.0));
+            }
+            Bias::Mask if booleans => {
+                Tensor::integers(DataType::Bool, &dims, &pairs().map(i64::from).collect::<Vec<_>>())
+            }
+            Bias::Mask => {
+                let open = |sees: bool| if sees { 0.0 } else { f32::NEG_INFINITY };
+                Tensor::f32s(&dims, &pairs().map(open).collect::<Vec<_>>())
+            }
+        };
+        Some(self.graph.tensor(&format!("{name}/mask"), bias))
+    }
+
     fn attention(&mut self, name: &str, x: ValueId, form: Form) -> ValueId {
-        let Plan { width, heads: count, .. } = self.plan;
-        let heads = [("num_heads", Attribute::Int(count))];
+        let Plan { width, heads: count, scores: Scores { scale, cap, .. }, .. } = self.plan;
+        let scaled = scale.map(|scale| ("scale", Attribute::Float(scale)));
+        let heads: Vec<_> = [("num_heads", Attribute::Int(count))].into_iter().chain(scaled.clone()).collect();
+        let bias = self.scores_bias(name, matches!(form, Form::Standard { .. }));
         let names = ["q", "k", "v"].map(|part| format!("{name}/{part}"));
         let row: Vec<f32> = names.iter().flat_map(|name| noise(&format!("{name}_bias"), &[width], 1.0)).collect();
         let row = self.graph.tensor(&format!("{name}/row"), Tensor::f32s(&[row.len()], &row));
@@ -207,6 +268,8 @@ impl Writer {
                     let [heads, tokens] = [count, self.plan.tokens()].map(|extent| extent as usize);
                     let equal = Tensor::f32s(&[1, heads, tokens, tokens], &vec![0.25; heads * tokens * tokens]);
                     operands.extend([None, None, Some(self.graph.tensor("equal", equal))]);
+                } else if bias.is_some() {
+                    operands.extend([None, None, bias]);
                 }
                 return self.microsoft("Attention", &operands, &heads, 1)[0];
             }
@@ -220,6 +283,10 @@ impl Writer {
             }
             _ => {}
         }
+        if let Form::Two { joint } = form {
+            let sides = ["left", "right"].map(|side| format!("{name}/{side}"));
+            return if joint { self.joint(&sides, x) } else { self.side_by_side(&sides, x) };
+        }
         let biased = !matches!(form, Form::MultiHead(Projected::ConstantBias | Projected::ComputedBias));
         let parts =
             if form == Form::Rounded { self.rounded_projections(&names, x) } else { self.projections(&names, x) };
@@ -232,32 +299,81 @@ impl Writer {
         match form {
             Form::MultiHead(Projected::HeadsApart) => {
                 let [k, v] = [k, v].map(|operand| self.by_heads(operand));
-                self.microsoft("MultiHeadAttention", &[q, k, v].map(Some), &heads, 1)[0]
+                let operands = [Some(q), Some(k), Some(v), None, None, bias];
+                self.microsoft("MultiHeadAttention", &operands, &heads, 1)[0]
             }
             Form::MultiHead(projected) => {
                 let row = if projected == Projected::ComputedBias { self.computed(row) } else { row };
-                self.microsoft("MultiHeadAttention", &[q, k, v, row].map(Some), &heads, 1)[0]
+                let operands = [Some(q), Some(k), Some(v), Some(row), None, bias];
+                self.microsoft("MultiHeadAttention", &operands, &heads, 1)[0]
             }
-            Form::Standard { heads_apart: false } => {
-                let heads = ["q_num_heads", "kv_num_heads"].map(|name| (name, Attribute::Int(count)));
-                self.op("Attention", &[q, k, v], &heads)
+            Form::Standard { heads_apart } => {
+                let counts = ["q_num_heads", "kv_num_heads"].map(|name| (name, Attribute::Int(count)));
+                let capped = cap.map(|cap| ("softcap", Attribute::Float(cap)));
+                let counts = counts.into_iter().filter(|_| !heads_apart);
+                let attributes: Vec<_> = counts.chain(scaled).chain(capped).collect();
+                let operands = [q, k, v].map(|operand| if heads_apart { self.by_heads(operand) } else { operand });
+                let operands: Vec<ValueId> = operands.into_iter().chain(bias).collect();
+                let mixed = self.op("Attention", &operands, &attributes);
+                if heads_apart { self.joined(mixed) } else { mixed }
             }
-            Form::Standard { heads_apart: true } => {
-                let operands = [q, k, v].map(|operand| self.by_heads(operand));
-                let mixed = self.op("Attention", &operands, &[]);
+            Form::Shared => {
+                let [q, k, v] = [q, k, v].map(|operand| self.by_heads(operand));
+                let bounds = [0, 1, 1].map(|bound| self.ints(&[bound]));
+                let [k, v] = [k, v].map(|part| self.op("Slice", &[part, bounds[0], bounds[1], bounds[2]], &[]));
+                let mixed = self.op("Attention", &[q, k, v], &[]);
                 self.joined(mixed)
             }
             _ => {
-                let [q, k, v] = [q, k, v].map(|operand| self.by_heads(operand));
-                let keys = self.op("Transpose", &[k], &[("perm", Attribute::Ints(vec![0, 1, 3, 2]))]);
-                let scores = self.op("MatMul", &[q, keys], &[]);
-                let scale = self.graph.tensor("scale", Tensor::f32(((width / count) as f32).sqrt().recip()));
-                let scores = self.op("Mul", &[scores, scale], &[]);
-                let weights = self.op("Softmax", &[scores], &[("axis", Attribute::Int(-1))]);
-                let mixed = self.op("MatMul", &[weights, v], &[]);
+                let mixed = self.decomposed([q, k, v], bias);
                 self.joined(mixed)
             }
         }
+    }
+
+    /// Attention in single operators, `[B, H, N, d]`.
+    fn decomposed(&mut self, operands: [ValueId; 3], bias: Option<ValueId>) -> ValueId {
+        let Plan { width, heads, scores: Scores { scale, cap, .. }, .. } = self.plan;
+        let [q, k, v] = operands.map(|operand| self.by_heads(operand));
+        let keys = self.op("Transpose", &[k], &[("perm", Attribute::Ints(vec![0, 1, 3, 2]))]);
+        let scores = self.op("MatMul", &[q, keys], &[]);
+        let scale = scale.unwrap_or(((width / heads) as f32).sqrt().recip());
+        let scale = self.graph.tensor("scale", Tensor::f32(scale));
+        let mut scores = self.op("Mul", &[scores, scale], &[]);
+        if let Some(cap) = cap {
+            let cap = self.graph.tensor("cap", Tensor::f32(cap));
+            let part = self.op("Div", &[scores, cap], &[]);
+            let part = self.op("Tanh", &[part], &[]);
+            scores = self.op("Mul", &[part, cap], &[]);
+        }
+        if let Some(bias) = bias {
+            scores = self.op("Add", &[scores, bias], &[]);
+        }
+        let weights = self.op("Softmax", &[scores], &[("axis", Attribute::Int(-1))]);
+        self.op("MatMul", &[weights, v], &[])
+    }
+
+    fn side_by_side(&mut self, sides: &[String; 2], x: ValueId) -> ValueId {
+        let results = sides.each_ref().map(|side| self.attention(side, x, Form::Decomposed));
+        self.op("Add", &results, &[])
+    }
+
+    fn joint(&mut self, sides: &[String; 2], x: ValueId) -> ValueId {
+        let parts = ["q", "k", "v"].map(|part| {
+            let of_sides = sides.each_ref().map(|side| {
+                let matrix = self.matrix(&format!("{side}/{part}"), [self.plan.width; 2], PROJECTION);
+                let row = self.weight(&format!("{side}/{part}_bias"), &[self.plan.width], 1.0);
+                let projected = self.op("MatMul", &[x, matrix], &[]);
+                self.op("Add", &[projected, row], &[])
+            });
+            self.op("Concat", &of_sides, &[("axis", Attribute::Int(2))])
+        });
+        let mixed = self.decomposed(parts, None);
+        let by_token = self.op("Transpose", &[mixed], &[("perm", Attribute::Ints(vec![0, 2, 1, 3]))]);
+        let shape = self.ints(&[0, 0, 2, self.plan.width]);
+        let of_sides = self.op("Reshape", &[by_token, shape], &[]);
+        let along = self.ints(&[2]);
+        self.op("ReduceSum", &[of_sides, along], &[("keepdims", Attribute::Int(0))])
     }
 
     fn projections(&mut self, names: &[String; 3], x: ValueId) -> [ValueId; 3] {
@@ -402,6 +518,6 @@ pub fn vit(plan: Plan, form: Form, norms: Norms) -> Model {
     }
     let y = writer.head(norm);
     writer.graph.output("y", y, Some(&ty(&[CLASSES])));
-    let (ir_version, opset) = if matches!(form, Form::Standard { .. }) { (10, 23) } else { (8, 18) };
+    let (ir_version, opset) = if matches!(form, Form::Standard { .. } | Form::Shared) { (10, 23) } else { (8, 18) };
     writer.graph.into_model(ir_version, &[("", opset), (MICROSOFT, 1)], Vec::new())
 }

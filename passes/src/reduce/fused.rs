@@ -69,62 +69,6 @@ impl Rewriter<'_> {
         Some(Window::of_all(value, widths[part] / heads))
     }
 
-    /// Queries and keys of a fused attention. Where the operator projects the tokens itself the projections are computed once
-    /// more: for the queries only of the first `queries` tokens.
-    pub(super) fn fused_queries_and_keys(
-        &mut self,
-        node: &Node,
-        fused: &FusedAttention,
-        queries: i64,
-        hint: &str,
-    ) -> Option<[Window; 2]> {
-        let [q_heads, k_heads] = [(0, fused.heads), (1, fused.kv_heads)]
-            .map(|(part, heads)| self.heads_of(node.input(fused.slots()[part])?, heads));
-        let heads = q_heads.filter(|&heads| heads > 0 && q_heads == k_heads)?;
-        let widths = self.widths(node, fused)?;
-        let mut windows = Vec::with_capacity(2);
-        for (part, name) in ["queries", "keys"].into_iter().enumerate() {
-            let hint = format!("{hint}/{name}");
-            let (from, all) = (widths[..part].iter().sum::<i64>(), heads * (widths[part] / heads));
-            let operand = node.input(fused.slots()[part])?;
-            let value = match fused.operands {
-                Operands::Apart if self.rank(Some(operand)) == Some(4) => {
-                    // [B, H, N, d] to [B, N, H * d]
-                    let channels = self.vit.shapes.dims(operand)?.last()?.as_known()?;
-                    let operand = self.replacement(operand);
-                    let rows = self.transpose(operand, &[0, 2, 1, 3], &format!("{hint}_by_token"));
-                    let value = self.reshape(rows, &[0, 0, -1], &hint);
-                    windows.push(Window { heads, head_dim: channels, ..Window::of_all(value, heads * channels) });
-                    continue;
-                }
-                Operands::Apart => self.replacement(operand),
-                Operands::Projected | Operands::Quantized => {
-                    let (mut tokens, weight) = match fused.operands {
-                        Operands::Projected => (self.replacement(node.input(0)?), node.input(1)?),
-                        _ => (
-                            self.dequantized(node, 0, [3, 6], &format!("{hint}_tokens"))?,
-                            self.dequantized(node, 1, [4, 7], &format!("{hint}_weight"))?,
-                        ),
-                    };
-                    if part == 0 {
-                        tokens = self.range(tokens, 1, [0, queries], &format!("{hint}_first"));
-                    }
-                    let weight = self.range(weight, 1, [from, from + all], &format!("{hint}_columns"));
-                    self.patch.op("MatMul", &format!("{hint}_projected"), &[tokens, weight], &[])
-                }
-            };
-            let value = match fused.bias.and_then(|slot| node.input(slot)) {
-                Some(bias) => {
-                    let bias = self.range(bias, 0, [from, from + all], &format!("{hint}_bias"));
-                    self.patch.op("Add", &hint, &[value, bias], &[])
-                }
-                None => value,
-            };
-            windows.push(Window { heads, head_dim: widths[part] / heads, ..Window::of_all(value, all) });
-        }
-        windows.try_into().ok()
-    }
-
     /// Entries `from` to before `to` along an axis.
     pub(super) fn range(&mut self, value: ValueId, axis: i64, [from, to]: [i64; 2], hint: &str) -> ValueId {
         let bounds = [from, to, axis].map(|bound| self.ints(&format!("{hint}_range"), &[bound]));
@@ -132,7 +76,7 @@ impl Rewriter<'_> {
     }
 
     /// Channels of all heads together of queries, keys and values.
-    fn widths(&self, node: &Node, fused: &FusedAttention) -> Option<[i64; 3]> {
+    pub(super) fn widths(&self, node: &Node, fused: &FusedAttention) -> Option<[i64; 3]> {
         let dims = |slot: usize| self.vit.shapes.dims(node.input(slot)?);
         let width = |slot: usize| match dims(slot)? {
             [_, heads, _, channels] => heads.times(channels)?.as_known(),
@@ -172,7 +116,13 @@ impl Rewriter<'_> {
     }
 
     /// An operand in 8 bits as numbers.
-    fn dequantized(&mut self, node: &Node, slot: usize, [scale, zero]: [usize; 2], hint: &str) -> Option<ValueId> {
+    pub(super) fn dequantized(
+        &mut self,
+        node: &Node,
+        slot: usize,
+        [scale, zero]: [usize; 2],
+        hint: &str,
+    ) -> Option<ValueId> {
         let mut inputs = vec![Some(self.replacement(node.input(slot)?)), Some(node.input(scale)?)];
         inputs.extend(node.input(zero).map(Some));
         Some(self.patch.call(OpType::standard("DequantizeLinear"), hint, inputs, &[("axis", Attribute::Int(1))], 1)[0])
@@ -187,7 +137,7 @@ impl Rewriter<'_> {
         let free = node.is("Attention") || self.rank(node.input(1)) == Some(3);
         let done = match fused.operands {
             // A cap on the scores is one on the sum as well: sizes go with the values there.
-            Operands::Apart if node.float("softcap").unwrap_or(0.0) != 0.0 => {
+            Operands::Apart if Self::fused_cap(node).is_some() => {
                 return self.weigh_values(id, fused.slots()[2], stage);
             }
             Operands::Apart if fixed && free => self.weigh_keys(id, fused, stage),
@@ -207,7 +157,7 @@ impl Rewriter<'_> {
             [(q, fused.heads), (k, fused.kv_heads)].map(|(operand, heads)| self.heads_of(operand, heads));
         let (q_heads, k_heads) = (q_heads?, k_heads?);
         let width = self.widths(node, fused).filter(|widths| widths[0] % q_heads == 0)?[0] / q_heads;
-        let scale = node.float("scale").filter(|&scale| scale != 0.0).unwrap_or((width as f32).sqrt().recip());
+        let scale = Self::fused_scale(node, width) as f32;
 
         let log_size = self.log_size(stage, self.span_of(k))?;
         let inverse = self.patch.constant(&format!("{hint}/inverse_scale"), Tensor::f32(scale.recip()));
@@ -238,12 +188,12 @@ impl Rewriter<'_> {
         Some(())
     }
 
-    fn rank(&self, operand: Option<ValueId>) -> Option<usize> {
+    pub(super) fn rank(&self, operand: Option<ValueId>) -> Option<usize> {
         Some(self.vit.shapes.dims(operand?)?.len())
     }
 
     /// Heads of an operand: its own axis where it has one.
-    fn heads_of(&self, operand: ValueId, heads: Option<usize>) -> Option<i64> {
+    pub(super) fn heads_of(&self, operand: ValueId, heads: Option<usize>) -> Option<i64> {
         match self.vit.shapes.dims(operand)? {
             [_, heads, _, _] => heads.as_known(),
             _ => heads.map(|heads| heads as i64),
@@ -300,11 +250,10 @@ impl Rewriter<'_> {
         let log_size = self.cast(log_size, DataType::F32, dtype, &format!("{hint}/log_size_as_scores"));
         let shape = self.ints(&format!("{hint}/size_row"), &[0, 1, 1, -1]);
         let mut row = self.patch.op("Reshape", &format!("{hint}/log_size"), &[log_size, shape], &[]);
-        // What is the same for all keys changes no softmax and gives way.
-        let given = fused.attention_bias.and_then(|slot| node.input(slot));
-        if let Some(given) = given.filter(|&given| self.vit.shapes.uniform(given).is_none()) {
+        // What is the same for all keys gives way.
+        if let Some((slot, given)) = self.fused_bias(node, fused) {
             let (id, _) = self.graph.producer(node.output(0)?)?;
-            let followed = fused.attention_bias.and_then(|slot| self.tables.get(&(id, slot)).copied());
+            let followed = self.tables.get(&(id, slot)).copied();
             let given = followed.unwrap_or_else(|| self.replacement(given));
             row = self.patch.op("Add", &format!("{hint}/bias_and_log_size"), &[given, row], &[]);
         }

@@ -85,14 +85,15 @@ impl Rewriter<'_> {
         Some(is_fused)
     }
 
-    fn is_negative(&mut self, positions: ValueId, hint: &str) -> ValueId {
+    /// Whether positions are those of no token: of a slot that was made from scratch.
+    pub(super) fn is_negative(&mut self, positions: ValueId, hint: &str) -> ValueId {
         let zero = self.ints(&format!("{hint}_zero"), &[0]);
         self.patch.op("Less", hint, &[positions, zero], &[])
     }
 
     /// The token of the stage before whose place each slot has, `[B, M]`: its anchor; for EViT's extra token the one that
     /// weighs most in it, of equals the first.
-    fn places(&mut self, stage: usize) -> Option<ValueId> {
+    pub(super) fn places(&mut self, stage: usize) -> Option<ValueId> {
         let Grouping { anchor, others } = self.stages.entry(stage).grouping?;
         let (Others::Dropped { score, .. }, Some(is_fused)) = (others, self.is_fused(stage)) else {
             return Some(anchor);

@@ -24,6 +24,7 @@ mod grouping;
 mod mask;
 mod merge;
 mod metric;
+mod open;
 mod plan;
 mod precision;
 mod prune;

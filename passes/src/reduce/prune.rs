@@ -4,14 +4,13 @@ use vitrim_ir::{Attribute, DataType, FusedAttention, NodeId, Tensor, ValueId};
 use vitrim_ops::{TokenPrune, TokenPruneDynamic, TokenScore};
 
 use super::grouping::{Grouping, Others};
+use super::open::{ALL_QUERIES, Part};
 use super::plan::Keep;
+use super::precision::Coding;
 use super::{KEEP_INPUT, Method, Prune, Rewriter, Stream};
 use crate::Refusal;
 use crate::recognise::{Attention, Window};
 use crate::schedule::KeepSchedule;
-
-/// What `TokenScore` takes for all queries.
-const ALL_QUERIES: i64 = i64::MAX;
 
 impl Rewriter<'_> {
     /// Keeps the best patches.
@@ -94,12 +93,19 @@ impl Rewriter<'_> {
     }
 
     /// How much attention each token of a block receives, `[B, N]` float32: from the class token, averaged over heads; from
-    /// all tokens where there is no class token. Of several attentions side by side it is the sum.
+    /// all tokens where there is no class token. Of several attentions side by side all heads count alike.
     fn score(&mut self, block: usize, hint: &str) -> Result<ValueId, Refusal> {
+        let attentions = &self.vit.blocks[block].attentions;
+        let heads: usize = attentions.iter().map(|attention| attention.heads).sum();
         let mut sum: Option<ValueId> = None;
-        for (at, attention) in self.vit.blocks[block].attentions.iter().enumerate() {
+        for (at, attention) in attentions.iter().enumerate() {
             let hint = if at == 0 { format!("{hint}/score") } else { format!("{hint}/score{at}") };
-            let own = self.score_of(block, attention, &hint)?;
+            let mut own = self.score_of(block, attention, &hint)?;
+            if attentions.len() > 1 {
+                let share = Tensor::f32(attention.heads as f32 / heads as f32);
+                let share = self.patch.constant(&format!("{hint}/share_of_heads"), share);
+                own = self.patch.op("Mul", &format!("{hint}/weighted"), &[own, share], &[]);
+            }
             sum = Some(match sum {
                 Some(sum) => self.patch.op("Add", &format!("{hint}/sum"), &[sum, own], &[]),
                 None => own,
@@ -148,21 +154,20 @@ impl Rewriter<'_> {
         hint: &str,
     ) -> Result<ValueId, Refusal> {
         let node = self.graph.node(id);
-        let refusal = self.pinned(
-            id,
-            "it is a fused attention whose queries and keys cannot be read, or that has a bias: prune a model that was \
-             exported without fusion",
-        );
-        let unknown = || refusal.clone();
-        // What is the same for all keys changes no softmax.
-        let even = |slot: usize| node.input(slot).is_none_or(|bias| self.vit.shapes.uniform(bias).is_some());
-        if !fused.attention_bias.is_none_or(even) || node.float("softcap").unwrap_or(0.0) != 0.0 {
+        let unread = self.unread(id);
+        let unknown = || unread.clone();
+        if self.fused_bias(node, fused).is_some() || Self::fused_cap(node).is_some() {
+            let rows = self.fused_scores(id, fused, self.queries(), hint)?;
+            let dtype = self.dtype(node.output(0).ok_or_else(unknown)?);
+            return self.score_of_rows(rows, Coding::Plain(dtype), stage, hint).ok_or_else(unknown);
+        }
+        let part = |rewriter: &mut Self, part: Part| rewriter.fused_part(node, fused, part, rewriter.queries(), hint);
+        let q = part(self, Part::Queries).ok_or_else(unknown)?;
+        let k = part(self, Part::Keys).ok_or_else(unknown)?;
+        if (q.heads, q.head_dim) != (k.heads, k.head_dim) {
             return Err(unknown());
         }
-        let windows = self.fused_queries_and_keys(node, fused, self.queries(), hint);
-        let [q, k] = windows.filter(|[q, k]| q.head_dim == k.head_dim).ok_or_else(unknown)?;
-        let scale = node.float("scale").filter(|&scale| scale != 0.0).map(f64::from);
-        let scale = scale.unwrap_or_else(|| (q.head_dim as f64).sqrt().recip());
+        let scale = Self::fused_scale(node, q.head_dim);
         Ok(self.score_of_windows(q, k, scale, stage, hint))
     }
 
@@ -176,15 +181,20 @@ impl Rewriter<'_> {
         let rows = self.scores_by_head(weights, scores, attention.heads as i64, hint).ok_or_else(unknown)?;
         let coding = self.coding_of_operand(node, 0).ok_or_else(unknown)?;
         let rows = self.rows_that_decide(rows, hint);
+        self.score_of_rows(rows, coding, stage, hint).ok_or_else(unknown)
+    }
+
+    /// From scores of the queries that decide, without the sizes of the keys.
+    fn score_of_rows(&mut self, rows: ValueId, coding: Coding, stage: usize, hint: &str) -> Option<ValueId> {
         let mut rows = self.as_f32(rows, coding, &format!("{hint}/scores"));
         if self.stages.entry(stage).size.is_some() {
-            let log_size = self.log_size(stage, vitrim_ir::Span::ALL).ok_or_else(unknown)?;
+            let log_size = self.log_size(stage, vitrim_ir::Span::ALL)?;
             let log_size = self.reshape(log_size, &[0, 1, 1, -1], &format!("{hint}/log_size"));
             rows = self.patch.op("Add", &format!("{hint}/with_size"), &[rows, log_size], &[]);
         }
         let last = [("axis", Attribute::Int(-1))];
         let weights = self.patch.op("Softmax", &format!("{hint}/weights"), &[rows], &last);
-        Ok(self.mean_over_queries_and_heads(weights, hint))
+        Some(self.mean_over_queries_and_heads(weights, hint))
     }
 
     /// From the weights that the model computes, `[B, H, N, M]`.

@@ -30,18 +30,28 @@ pub(super) struct Table {
 impl Rewriter<'_> {
     pub(super) fn follow_tables(&mut self) -> Result<(), Refusal> {
         for (id, effect) in self.effects() {
-            let Effect::Table { slot, axes } = effect else { continue };
-            let node = self.graph.node(id);
-            let (Some(value), Some(result)) = (node.input(slot), node.output(0)) else { continue };
-            let Some(stage) = self.stages.of(result).filter(|&stage| stage > 0) else { continue };
-            let fused = FusedAttention::of(self.graph, node).is_some();
-            let frame = if fused { Frame::scores() } else { self.frame_of(result, id)? };
-            // What was dropped is in no mean.
-            let averaged = !fused && !self.stages.has_dropped(stage) && self.is_averaged(value, result);
-            let followed = self.followed(id, Table { value, stage, axes, frame, averaged })?;
-            self.patch.rewire(id, slot, followed);
-            self.tables.insert((id, slot), followed);
+            if let Effect::Table { slot, axes } = effect {
+                self.follow_table(id, slot, axes)?;
+            }
         }
+        Ok(())
+    }
+
+    /// Gives a node the table in `slot` as the slots of its stage need it.
+    pub(super) fn follow_table(&mut self, id: NodeId, slot: usize, axes: Vec<(usize, Span)>) -> Result<(), Refusal> {
+        let node = self.graph.node(id);
+        let (Some(value), Some(result)) = (node.input(slot), node.output(0)) else { return Ok(()) };
+        let Some(stage) = self.stages.of(result).filter(|&stage| stage > 0) else { return Ok(()) };
+        if self.tables.contains_key(&(id, slot)) {
+            return Ok(());
+        }
+        let fused = FusedAttention::of(self.graph, node).is_some();
+        let frame = if fused { Frame::scores() } else { self.frame_of(result, id)? };
+        // What was dropped is in no mean.
+        let averaged = !fused && !self.stages.has_dropped(stage) && self.is_averaged(value, result);
+        let followed = self.followed(id, Table { value, stage, axes, frame, averaged })?;
+        self.patch.rewire(id, slot, followed);
+        self.tables.insert((id, slot), followed);
         Ok(())
     }
 
