@@ -1,12 +1,12 @@
-//! Writes the table of `docs/coverage.md`: every model of a folder, what was recognised, whether it merges, and if not,
-//! why not.
+//! Writes the table of `docs/coverage.md`: every model of a folder, what was recognised, whether it merges and prunes,
+//! and if not, why not.
 //!
 //! ```sh
 //! cargo xtask coverage FOLDER
 //! ```
 //!
-//! A model counts as merged only if the rewritten file runs in ONNX Runtime on the recorded inputs with the recorded
-//! output shapes, and the file rewritten with r = 0 gives the recorded outputs.
+//! A model counts as merged or pruned only if the rewritten file runs in ONNX Runtime on the recorded inputs with the
+//! recorded output shapes, and the file rewritten with r = 0, or a share of 1 to keep, gives the recorded outputs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,12 +19,15 @@ use vitrim::runtime::{self, RuntimeArgs, RuntimeKind};
 use vitrim::tensor::compare::Comparison;
 use vitrim_ir::Model;
 use vitrim_passes::driver::{self, Options};
-use vitrim_passes::recipe::{MergeSpec, PassSpec, RSpec, Recipe};
+use vitrim_passes::recipe::{KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
 
 /// Tokens merged per block.
 const R: usize = 4;
-/// How far outputs with r = 0 may be from the recorded ones, relative to the largest: rounding of float32 in another
-/// version of the runtime. Half precision and 8-bit models get [`LOW_PRECISION`].
+/// The share of the patches that is kept, and the blocks that prune.
+const KEEP: f64 = 0.7;
+const AT: [usize; 2] = [0, 1];
+/// How far outputs with nothing reduced may be from the recorded ones, relative to the largest: rounding of float32 in
+/// another version of the runtime. Half precision and 8-bit models get [`LOW_PRECISION`].
 const TOLERANCE: f64 = 1e-5;
 /// As [`TOLERANCE`], for files whose own arithmetic is that coarse.
 const LOW_PRECISION: f64 = 5e-3;
@@ -36,10 +39,11 @@ fn main() -> Result<()> {
     files.sort();
     let work = tempfile::tempdir()?;
     let mut rows = Vec::new();
-    let (mut merged, mut vits) = (0, 0);
+    let (mut merged, mut pruned, mut vits) = (0, 0, 0);
     for file in &files {
         let row = Row::of(file, work.path()).with_context(|| file.display().to_string())?;
-        merged += usize::from(row.refusal.is_none());
+        merged += usize::from(row.merge.is_none());
+        pruned += usize::from(row.prune.is_none());
         vits += usize::from(!row.windowed);
         rows.push(row);
     }
@@ -47,12 +51,15 @@ fn main() -> Result<()> {
     println!(
         "Made by `cargo xtask coverage`. Every file is a real export of a small model with random weights. *Merged*:"
     );
-    println!("r = {R} runs in ONNX Runtime with the output shapes of the original, and r = 0 gives its outputs.\n");
-    println!("{merged} of {} files merge; {vits} of the files have global attention.\n", files.len());
+    println!("r = {R} runs in ONNX Runtime with the output shapes of the original, and r = 0 gives its outputs.");
     println!(
-        "| model | exported by | opset | blocks | heads | width | tokens | special | pooling | merged | why not |"
+        "*Pruned*: the same of keeping {KEEP} of the patches in the blocks {} and {}, and of keeping all.\n",
+        AT[0], AT[1]
     );
-    println!("|---|---|---|---|---|---|---|---|---|---|---|");
+    println!("{merged} of {} files merge, {pruned} prune; {vits} of the files have global attention.\n", files.len());
+    let columns = ["model", "exported by", "opset", "blocks", "heads", "width", "tokens", "special", "pooling"];
+    let columns = [&columns[..], &["merged", "pruned", "why not"]].concat();
+    println!("| {} |\n|{}", columns.join(" | "), "---|".repeat(columns.len()));
     rows.iter().for_each(Row::print);
     Ok(())
 }
@@ -63,7 +70,10 @@ struct Row {
     found: Option<Found>,
     opset: i64,
     windowed: bool,
-    refusal: Option<String>,
+    /// Why it does not merge.
+    merge: Option<String>,
+    /// Why it does not prune.
+    prune: Option<String>,
 }
 
 impl Row {
@@ -72,21 +82,25 @@ impl Row {
         let text = |key: &str| facts[key].as_str().unwrap_or_default().to_owned();
         let model = Model::read(file)?;
         let inspection = Inspection::of(&model);
-        let refusal = match &inspection.seen.reason {
+        let refusal = |method: fn(bool) -> PassSpec| match &inspection.seen.reason {
             Some(reason) => Some(reason.clone()),
-            None => try_merge(file, &model, work).err().map(|error| format!("{error:#}")),
+            None => attempt(file, &model, work, method).err().map(|error| format!("{error:#}")),
         };
+        let (merge, prune) = (refusal(merging), refusal(pruning));
         Ok(Self {
             name: file.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
             exporter: text("exporter").split(" (").next().unwrap_or_default().into(),
             found: inspection.seen.found,
             opset: model.opsets().standard(),
             windowed: facts["negative_for_tome"].as_bool().unwrap_or(false),
-            refusal,
+            merge,
+            prune,
         })
     }
 
     fn print(&self) {
+        let word = |refusal: &Option<String>| if refusal.is_none() { "yes" } else { "no" }.to_owned();
+        let why_not = self.merge.as_ref().or(self.prune.as_ref()).cloned().unwrap_or_default();
         let found = |show: fn(&Found) -> String| self.found.as_ref().map(show).unwrap_or_default();
         let cells = [
             self.name.clone(),
@@ -111,20 +125,30 @@ impl Row {
                 shown.collect::<Vec<_>>().join(", ")
             }),
             found(|found| found.pooling.clone()),
-            if self.refusal.is_none() { "yes" } else { "no" }.into(),
-            self.refusal.clone().unwrap_or_default().replace('|', "\\|").replace('\n', " "),
+            word(&self.merge),
+            word(&self.prune),
+            why_not.replace('|', "\\|").replace('\n', " "),
         ];
         println!("| {} |", cells.join(" | "));
     }
 }
 
-/// Merges and runs; an error says why the model does not count as merged.
-fn try_merge(file: &Path, model: &Model, work: &Path) -> Result<()> {
+/// A merge, or one of no tokens.
+fn merging(reduces: bool) -> PassSpec {
+    PassSpec::Merge(MergeSpec { r: Some(RSpec::Constant(if reduces { R } else { 0 })), ..MergeSpec::default() })
+}
+
+/// A pruning, or one of no tokens.
+fn pruning(reduces: bool) -> PassSpec {
+    let keep = KeepSpec::Constant(if reduces { KEEP } else { 1.0 });
+    PassSpec::Prune(PruneSpec { keep, at: Some(AT.to_vec()), ..PruneSpec::default() })
+}
+
+/// Rewrites and runs; an error says why the model does not count as merged or pruned.
+fn attempt(file: &Path, model: &Model, work: &Path, method: fn(bool) -> PassSpec) -> Result<()> {
     let backend = RuntimeArgs { runtime: RuntimeKind::Ort, ..RuntimeArgs::default() }.backend()?;
-    for r in [R, 0] {
-        let spec = MergeSpec { r: Some(RSpec::Constant(r)), ..MergeSpec::default() };
-        let (rewritten, _) =
-            driver::rewrite(model, &Recipe { passes: vec![PassSpec::Merge(spec)] }, Options::default())?;
+    for reduces in [true, false] {
+        let (rewritten, _) = driver::rewrite(model, &Recipe { passes: vec![method(reduces)] }, Options::default())?;
         let path = work.join("rewritten.onnx");
         Model::write(rewritten.verify()?, &path, file)?;
         let mut session = runtime::load(backend.as_ref(), &path)?;
@@ -148,8 +172,8 @@ fn try_merge(file: &Path, model: &Model, work: &Path) -> Result<()> {
                 // Quantised files differ between processors by more than rounding: there only shapes are compared.
                 let quantised = rewritten.graph().nodes().any(|(_, node)| node.is("DequantizeLinear"));
                 ensure!(
-                    r > 0 || quantised || relative <= tolerance,
-                    "r = 0 changes the output '{name}' by {relative:.1e}"
+                    reduces || quantised || relative <= tolerance,
+                    "with nothing reduced the output '{name}' changes by {relative:.1e}"
                 );
             }
         }

@@ -3,7 +3,7 @@
 //! A patch is made for one revision of a graph and refers to its values by id. New values get ids at once, so later
 //! parts of the patch can read earlier ones. Applying works on a copy: a patch that fails leaves no trace.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::graph::{Attribute, CONSTANTS_APART, Def, Graph, Names, Node, OpType, Use, Value};
 use crate::model::{Function, Model};
@@ -24,6 +24,7 @@ pub struct Patch {
     new_outputs: Vec<(String, ValueId, TensorType)>,
     /// Whether new values are inputs.
     adds_inputs: bool,
+    gone_outputs: Vec<usize>,
     attributes: Vec<(NodeId, String, Attribute)>,
     types: Vec<(ValueId, ValueInfo)>,
     forgotten: Vec<ValueId>,
@@ -98,6 +99,7 @@ impl Patch {
             outputs: Vec::new(),
             new_outputs: Vec::new(),
             adds_inputs: false,
+            gone_outputs: Vec::new(),
             attributes: Vec::new(),
             types: Vec::new(),
             forgotten: Vec::new(),
@@ -117,6 +119,7 @@ impl Patch {
             self.outputs.len(),
             self.new_outputs.len(),
             self.adds_inputs.into(),
+            self.gone_outputs.len(),
             self.attributes.len(),
         ];
         let notes =
@@ -238,6 +241,11 @@ impl Patch {
     /// Adds a graph output: a value that a node computes and that is no output yet. It gets the name and the type.
     pub fn append_output(&mut self, name: &str, value: ValueId, ty: TensorType) {
         self.new_outputs.push((name.into(), value, ty));
+    }
+
+    /// Removes the graph output at `slot`, as outputs are before the patch. Its value stays where something reads it.
+    pub fn remove_output(&mut self, slot: usize) {
+        self.gone_outputs.push(slot);
     }
 
     /// Sets an attribute of an existing node.
@@ -376,6 +384,10 @@ impl Patch {
         for (slot, value) in std::mem::take(&mut self.outputs) {
             self.set_output(graph, slot, value)?;
         }
+        let gone: BTreeSet<usize> = std::mem::take(&mut self.gone_outputs).into_iter().collect();
+        for slot in gone.into_iter().rev() {
+            self.remove_output_at(graph, slot)?;
+        }
         for (name, value, ty) in std::mem::take(&mut self.new_outputs) {
             self.check_output(graph, value, &name)?;
             if graph.value(value).name != name && has_value_named(graph, &name) {
@@ -469,6 +481,18 @@ impl Patch {
             return Ok(());
         }
         Err(PatchError::Output { pass: self.pass.clone(), name: name.into() })
+    }
+
+    fn remove_output_at(&self, graph: &mut Graph, slot: usize) -> Result<(), PatchError> {
+        let id = *graph.outputs.get(slot).ok_or_else(|| self.missing(format!("output {slot}")))?;
+        graph.outputs.remove(slot);
+        let value = graph.value(id);
+        let computed = matches!(value.def, Def::Node(..));
+        // The type that it had as an output stays known.
+        if computed && value.info.is_some() && !graph.outputs.contains(&id) && !graph.declared.contains(&id) {
+            graph.declared.push(id);
+        }
+        Ok(())
     }
 
     fn set_output(&mut self, graph: &mut Graph, slot: usize, value: ValueId) -> Result<(), PatchError> {
@@ -855,6 +879,32 @@ mod tests {
     }
 
     #[test]
+    fn outputs_are_removed() {
+        let mut proto = chain().message();
+        proto.graph.as_mut().unwrap().output.extend([info("b"), info("x")]);
+        // The type of an output may be declared once more.
+        let twice = proto.read();
+        proto.graph.as_mut().unwrap().value_info.clear();
+        let model = proto.read();
+        for model in [&twice, &model] {
+            let mut patch = Patch::new(model, "test");
+            [1, 2, 1].into_iter().for_each(|slot| patch.remove_output(slot));
+            let (edited, _) = apply(patch, model);
+            assert_eq!(edited.lines(), chain().lines());
+            let graph = edited.message().graph.unwrap();
+            assert_eq!((graph.output, graph.value_info), (vec![info("y")], vec![info("b")]));
+        }
+
+        // What only the output depended on goes.
+        let mut patch = Patch::new(&model, "test");
+        [0, 2].into_iter().for_each(|slot| patch.remove_output(slot));
+        patch.append_output("negative", value(&model, "a"), f32_2());
+        let (edited, _) = apply(patch, &model);
+        assert_eq!(edited.lines(), ["negative = Neg(x)", "b = Add(negative, w)", "dead = Abs(negative)"]);
+        assert_eq!(edited.message().graph.unwrap().output, [info("b"), info("negative")]);
+    }
+
+    #[test]
     fn outputs_that_cannot_be_named_so_are_refused() {
         let mut proto = chain().message();
         proto.graph.as_mut().unwrap().output.extend([info("x"), info("w"), info("b")]);
@@ -948,7 +998,7 @@ mod tests {
         let x = value(&model, "x");
         let neg = producer(&model, "a");
         type Edit<'e> = &'e dyn Fn(&mut Patch);
-        let edits: [(Edit, &str); 11] = [
+        let edits: [(Edit, &str); 12] = [
             (&|patch| patch.rewire(nobody, 0, x), "operand 0 of n100"),
             (&|patch| patch.rewire(neg, 7, x), "operand 7 of n1"),
             (&|patch| patch.rewire(neg, 0, nothing), "value v100"),
@@ -958,6 +1008,7 @@ mod tests {
             (&|patch| patch.set_attribute(nobody, "axis", Attribute::Int(0)), "node n100"),
             (&|patch| patch.replace_output(0, nothing), "value v100"),
             (&|patch| patch.append_output("new", nothing, f32_2()), "value v100"),
+            (&|patch| patch.remove_output(9), "output 9"),
             (&|patch| patch.forget_type(nothing), "value v100"),
             (&|patch| _ = patch.op("Neg", "new", &[nothing], &[]), "value v100"),
         ];

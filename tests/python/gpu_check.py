@@ -7,8 +7,9 @@
 1. operators   Every operator on random shapes, in float32, float16 and bfloat16: the body and the native kernel, on
                the CPU and on CUDA, against float64 (gpu/cases.py has the rules). Kernels must be what runs, on their
                device.
-2. models      Every model of the folder that has inputs beside it (NAME.npz), merged with r = 4: on CUDA with the
-               library against the CPU without. No more copies between host and GPU than the original has.
+2. models      Every model of the folder that has inputs beside it (NAME.npz), merged with r = 4 and pruned in two
+               blocks: on CUDA with the library against the CPU without. No more copies between host and GPU than the
+               original has.
 3. sanitizers  compute-sanitizer's memcheck and racecheck on small cases of part 1, if it is installed.
 4. bench       Large models with random weights: original, merged by bodies, merged by kernels, slicing floor; with CUDA
                graphs and without.
@@ -20,6 +21,7 @@ in place of the GPU, to test this script."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -45,13 +47,16 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = {1: "operators", 2: "models", 3: "sanitizers", 4: "bench", 5: "launches"}
 
 # What outputs of a whole model may differ, relative to the largest, by whether it computes in float32 and whether both
-# sides merged the same tokens. In float32 (TF32 is off) sums of a thousand products in another order differ by some
+# sides grouped the same tokens. In float32 (TF32 is off) sums of a thousand products in another order differ by some
 # 1e-6, and a few blocks of layer norms and softmaxes make 1e-4 of that at most; every tensor that is rounded to float16
-# on the way is off by 5e-4. Where two candidates are as close as that, another pair may merge: then outputs are those of
-# another model that is nearly as good, and only nonsense is told apart.
+# on the way is off by 5e-4. Where two candidates are as close as that, another pair may merge, or another token stay:
+# then outputs are those of another model that is nearly as good, and only nonsense is told apart.
 MODEL_TOLERANCE = {(True, True): 1e-3, (False, True): 2e-2, (True, False): 2e-1, (False, False): 2e-1}
-# The share of models in float32 that may have merged other pairs.
+# The share of models in float32 that may have grouped other tokens.
 MODELS_APART = 0.2
+# How part 2 rewrites them, and an operator that each must then have.
+MODELS_BY = {"merged": (["merge", "-r", "4"], "TokenMerge"),
+             "pruned": (["prune", "--keep", "0.7", "--at", "0,1"], "TokenPrune")}
 
 VITS = [Vit("ViT-B/16 224", 224, 768, 12, 12, r=16), Vit("ViT-L/16 384", 384, 1024, 24, 16, r=23),
         Vit("DeiT-S/16 224", 224, 384, 12, 6, r=13)]
@@ -80,24 +85,28 @@ class Check:
         self.quick, self.ops, self.cuda = arguments.quick, arguments.ops, not arguments.cpu_only_selftest
         self.device = "CUDA" if self.cuda else "CPU"
 
-    def merge(self, model: Path, to: Path, *flags: str) -> Optional[dict]:
-        """Merges; the program's report, or None where it refuses."""
-        command = [self.arguments.vitrim, "merge", model, to, "--json", *flags]
+    def rewrite(self, model: Path, to: Path, command: str, *flags: str) -> Optional[dict]:
+        """Merges or prunes; the program's report, or None where it refuses."""
+        command = [self.arguments.vitrim, command, model, to, "--json", *flags]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 2 and not to.exists():
             return None
         if done.returncode:
-            raise RuntimeError(f"vitrim merge {model.name}: exit {done.returncode}: {done.stderr.strip()}")
+            raise RuntimeError(f"vitrim {command[1]} {model.name}: exit {done.returncode}: {done.stderr.strip()}")
         return json.loads(done.stdout)["report"]
 
     def bodies(self) -> Dict[str, bytes]:
         """The functions of operators, out of files that the program writes."""
+        merge, prune = ["merge", "-r", "4"], ["prune", "--keep", "0.7", "--at", "0,1"]
+        mask = [*prune, "--attention-keep", "0.5"]
+        files = [("tables", {"tables": True}, merge), ("any_size", {"any_size": True}, merge), ("pruned", {}, prune),
+                 ("masked", {}, mask), ("masked_at_run_time", {}, [*mask, "--runtime-keep"])]
         found: Dict[str, bytes] = {}
-        for name, options in {"tables": {"tables": True}, "any_size": {"any_size": True}}.items():
+        for name, options, command in files:
             model = Vit(name, 32, 32, 3, 2, r=4, patch=4, **options).write(self.folder / f"{name}.onnx", half=False)
-            merged = self.folder / f"{name}.merged.onnx"
-            self.merge(model, merged, "-r", "4")
-            found |= functions(merged)
+            rewritten = self.folder / f"{name}.rewritten.onnx"
+            self.rewrite(model, rewritten, *command)
+            found |= functions(rewritten)
         return found
 
     # 1. operators
@@ -164,64 +173,65 @@ class Check:
     def models(self) -> Outcome:
         outcome, refused, float32, other = Outcome(), [], 0, 0
         device, host = Runner(self.device, self.cuda, self.ops), Runner("CPU", False)
-        print(f"{'':36}{'error':>9}{'allowed':>9}  {'copies':>6}{'in original':>13}")
-        for model in sorted(self.arguments.models.glob("*.onnx")):
-            if not model.with_suffix(".npz").exists():
-                continue
+        print(f"{'':42}{'error':>9}{'allowed':>9}  {'copies':>6}{'in original':>13}")
+        models = [model for model in sorted(self.arguments.models.glob("*.onnx")) if model.with_suffix(".npz").exists()]
+        for model, (how, (command, operator)) in itertools.product(models, MODELS_BY.items()):
+            name = f"{model.stem} {how}"
             try:
-                merged = self.folder / model.name
-                if self.merge(model, merged, "-r", "4", "--trace-source") is None:
-                    refused.append(model.stem)
+                rewritten = self.folder / model.name
+                rewritten.unlink(missing_ok=True)
+                if self.rewrite(model, rewritten, *command, "--trace-source") is None:
+                    refused.append(name)
                     continue
-                figures = self.model(model, merged, device, host)
+                figures = self.model(model, rewritten, operator, device, host)
             except NoGpu:
                 raise
             except Exception as error:
-                outcome.failures.append(f"{model.stem}: {said(error)}")
+                outcome.failures.append(f"{name}: {said(error)}")
                 if is_fatal(error):
                     break
                 continue
-            outcome.figures[model.stem] = figures
+            outcome.figures[name] = figures
             error, allowed = figures["error"], figures["allowed"]
             float32 += figures["float32"]
             other += figures["float32"] and not figures["same_grouping"]
-            print(f"{model.stem:36}{error:9.1e}{allowed:9.0e}  {figures['copies']:6}{figures['original_copies']:13}"
-                  f"{'' if figures['same_grouping'] else '  merged other pairs'}")
+            print(f"{name:42}{error:9.1e}{allowed:9.0e}  {figures['copies']:6}{figures['original_copies']:13}"
+                  f"{'' if figures['same_grouping'] else '  grouped other tokens'}")
             if not error <= allowed:
-                outcome.failures.append(f"{model.stem}: {error:.1e} off, {allowed:.0e} is allowed")
+                outcome.failures.append(f"{name}: {error:.1e} off, {allowed:.0e} is allowed")
             if figures["copies"] > figures["original_copies"]:
-                outcome.failures.append(f"{model.stem}: {figures['copies']} copies between host and GPU, the original "
+                outcome.failures.append(f"{name}: {figures['copies']} copies between host and GPU, the original "
                                         f"has {figures['original_copies']}")
             if not figures["kernels"]:
-                outcome.failures.append(f"{model.stem}: no kernel of the library ran on {self.device}")
+                outcome.failures.append(f"{name}: no kernel of the library ran on {self.device}")
         if not outcome.figures:
-            outcome.failures.append(f"{self.arguments.models} holds no model that can be merged")
+            outcome.failures.append(f"{self.arguments.models} holds no model that can be rewritten")
         if other > MODELS_APART * float32:
-            outcome.failures.append(f"{other} of {float32} models in float32 merged other pairs")
-        outcome.summary = (f"{len(outcome.figures)} models, {other} of {float32} in float32 merged other pairs; "
+            outcome.failures.append(f"{other} of {float32} models in float32 grouped other tokens")
+        outcome.summary = (f"{len(outcome.figures)} rewritten models, {other} of {float32} in float32 grouped other tokens; "
                            f"refused: {', '.join(refused) or 'none'}")
         return outcome
 
-    def model(self, model: Path, merged: Path, device: Runner, host: Runner) -> dict:
-        """One model on all inputs that it has."""
+    def model(self, model: Path, rewritten: Path, operator: str, device: Runner, host: Runner) -> dict:
+        """One model on all inputs that it has; `operator` or its dynamic form must run."""
         names = [value.name for value in host.session(model).get_inputs()]
         with np.load(model.with_suffix(".npz")) as arrays:
             runs = sorted({key.split("_")[0] for key in arrays.files if key.startswith("in")})
             feeds = [{name: arrays[f"{run}_{j}"] for j, name in enumerate(names)} for run in runs]
         error, same = 0.0, True
-        expecting, giving = host.session(merged), device.session(merged)
+        expecting, giving = host.session(rewritten), device.session(rewritten)
         for fed in feeds:
             for expected, given in zip(expecting.run(None, fed), giving.run(None, fed)):
                 if np.issubdtype(expected.dtype, np.integer):
                     same &= np.array_equal(expected, given)
                 else:
                     error = max(error, cases.apart(expected.astype(np.float64), given))
-        _, profile = device.profile(merged, feeds[0])
+        _, profile = device.profile(rewritten, feeds[0])
         _, original = Runner("original", self.cuda).profile(model, feeds[0])
         float32 = profile.is_float32
         return {"error": error, "allowed": MODEL_TOLERANCE[float32, same], "float32": float32, "same_grouping": same,
                 "copies": profile.copies, "original_copies": original.copies,
-                "kernels": sum(node["op"].startswith("TokenMerge") and node["provider"] == device.provider
+                "kernels": sum(node["op"].startswith(operator) and node["provider"] == device.provider
                                for node in profile.nodes)}
 
     # 3. sanitizers
@@ -280,7 +290,7 @@ class Check:
         original, merged, floor = paths
         vit.write(original, half)
         # All tokens, as in the floor: what differs is the kernels.
-        steps = self.merge(original, merged, "-r", str(vit.r), "--keep-dead")["steps"]
+        steps = self.rewrite(original, merged, "merge", "-r", str(vit.r), "--keep-dead")["steps"]
         counts = [step["before"] - step["removed"] for step in steps]
         counts += [counts[-1]] * (vit.depth - len(counts))
         vit.write(floor, half, counts)

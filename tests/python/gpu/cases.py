@@ -545,7 +545,161 @@ class PruneReference:
         return verdict
 
 
-Case = Union[Merge, Attend, Score, Prune]
+@dataclass(frozen=True)
+class Mask:
+    """ConnectionMask or ConnectionMaskDynamic."""
+
+    seed: int
+    batch: int
+    heads: int
+    tokens: int
+    # Slots that keep the place of a token.
+    free: int
+    connections: int
+    protect: int = 1
+    suffix: int = 0
+    dtype: str = "float32"
+    dynamic: bool = False
+    # Columns that are copies of another, and weights at the floor of a masked softmax, of every hundred.
+    copies: int = 0
+    floor: int = 0
+
+    @property
+    def dtypes(self) -> Tuple[str, ...]:
+        return (self.dtype,)
+
+    @property
+    def operators(self) -> List[str]:
+        return ["ConnectionMaskDynamic" if self.dynamic else "ConnectionMask"]
+
+    @property
+    def slots(self) -> int:
+        return self.protect + self.free + self.suffix
+
+    def feeds(self) -> Arrays:
+        random = np.random.default_rng(self.seed)
+        weights = random.uniform(0, 1, (self.batch, self.heads, self.tokens, self.tokens)).astype(np.float32)
+        anchor = np.full((self.batch, self.slots), -1, np.int64)
+        for image in range(self.batch):
+            # In all heads alike, as masks are.
+            weights[image][:, random.integers(0, 100, (self.tokens, self.tokens)) < self.floor] = 1e-3
+            for column in np.flatnonzero(random.integers(0, 100, self.tokens) < self.copies):
+                weights[image][:, :, column] = weights[image][:, :, random.integers(self.tokens)]
+            anchor[image, self.protect : self.protect + self.free] = random.permutation(self.tokens)[: self.free]
+        return {"weights": rounded(weights, self.dtype), "anchor": anchor}
+
+    def save(self, path: Path, functions: Sequence[bytes]) -> None:
+        calls = Calls()
+        weights = calls.feed("weights", self.dtype, 4)
+        anchor = calls.input("anchor", INT64, ["images", "slots"])
+        places = {"protect": self.protect, "suffix": self.suffix}
+        if self.dynamic:
+            operands = [weights, anchor, calls.ints(self.connections)]
+            made = calls.ours("ConnectionMaskDynamic", *operands, named=["made"], **places)
+        else:
+            made = calls.ours("ConnectionMask", weights, anchor, named=["made"], connections=self.connections,
+                              slots=self.slots, **places)
+        calls.result("mask", made[0], "float32", 3)
+        calls.save(path, functions)
+
+    def reference(self, feeds: Arrays) -> "MaskReference":
+        return MaskReference(self, feeds)
+
+
+class MaskReference:
+    def __init__(self, case: Mask, feeds: Arrays) -> None:
+        self.expected = np.ones((case.batch, case.slots, case.slots))
+        # Connections of which float32 may say either: nearly as strong as the weakest that stays, and not because all
+        # their weights are the same.
+        self.close = np.zeros(self.expected.shape, bool)
+        free = slice(case.protect, case.protect + case.free)
+        for image in range(case.batch):
+            anchor = feeds["anchor"][image, free]
+            weights = feeds["weights"][image].astype(np.float64)[:, anchor[:, None], anchor]
+            own = weights.mean(axis=0)
+            at = min(max(case.connections, 1), case.free) - 1
+            weakest = np.argsort(-own, axis=1, kind="stable")[:, at, None]
+            least = np.take_along_axis(own, weakest, axis=1)
+            equal = (weights == np.take_along_axis(weights, weakest[None], axis=2)).all(axis=0)
+            self.expected[image, free, free] = equal | (own >= least)
+            self.close[image, free, free] = ~equal & (np.abs(own - least) <= MARGIN * least)
+
+    def check(self, outputs: Arrays, body: bool) -> Verdict:
+        given = outputs["mask"]
+        verdict = Verdict(images=len(given), close=int(self.close.any(axis=(1, 2)).sum()))
+        if given.shape != self.expected.shape or not np.isin(given, (0, 1)).all():
+            verdict.wrong.append("mask is none")
+        elif ((given != self.expected) & ~self.close).any():
+            verdict.wrong.append("other connections stay, and no decision was close")
+        return verdict
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """MaskedSoftmax."""
+
+    seed: int
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    dtype: str = "float32"
+    # How far scores range.
+    sharpness: float = 3.0
+    # Connections that are closed, of every hundred.
+    closed: int = 30
+    eps: float = float(np.float32(1e-6))
+
+    operators = ["MaskedSoftmax"]
+
+    @property
+    def dtypes(self) -> Tuple[str, ...]:
+        return (self.dtype,)
+
+    def feeds(self) -> Arrays:
+        random = np.random.default_rng(self.seed)
+        scores = random.uniform(-self.sharpness, self.sharpness, (self.batch, self.heads, self.queries, self.keys))
+        mask = random.integers(0, 100, (self.batch, self.queries, self.keys)) >= self.closed
+        size = random.integers(1, 5, (self.batch, self.keys, 1))
+        return {"scores": rounded(scores, self.dtype), "mask": mask.astype(np.float32), "size": size.astype(np.float32)}
+
+    def save(self, path: Path, functions: Sequence[bytes]) -> None:
+        calls = Calls()
+        scores, mask = calls.feed("scores", self.dtype, 4), calls.feed("mask", "float32", 3)
+        shares = calls.ours("MaskedSoftmax", scores, mask, calls.feed("size", "float32", 3), named=["shares"],
+                            eps=self.eps, dtype=TYPES[self.dtype])
+        calls.result("weights", shares[0], self.dtype, 4)
+        calls.save(path, functions)
+
+    def reference(self, feeds: Arrays) -> "SoftmaxReference":
+        return SoftmaxReference(self, feeds)
+
+
+class SoftmaxReference:
+    """(e + eps / M) / (Σ e + eps) with e = exp(l + log(size) − peak) · mask."""
+
+    def __init__(self, case: Softmax, feeds: Arrays) -> None:
+        self.case = case
+        sized = feeds["scores"].astype(np.float64) + np.log(feeds["size"].astype(np.float64))[:, None, None, :, 0]
+        powers = np.exp(sized - sized.max(axis=-1, keepdims=True)) * feeds["mask"][:, None]
+        self.expected = (powers + case.eps / case.keys) / (powers.sum(axis=-1, keepdims=True) + case.eps)
+
+    def check(self, outputs: Arrays, body: bool) -> Verdict:
+        """Checks outputs: every weight counts, so errors are relative to each, but for what float16 rounds to zero: the
+        floor of closed connections, for one."""
+        verdict, given, expected = Verdict(images=self.case.batch), outputs["weights"], self.expected
+        if given.shape != expected.shape or not np.isfinite(given).all():
+            verdict.wrong.append("weights are none")
+            return verdict
+        lost = 2.0**-25 if self.case.dtype == "float16" else 0.0
+        errors = np.maximum(np.abs(given.astype(np.float64) - expected) - lost, 0) / expected
+        verdict.error = float(errors.max(initial=0.0))
+        if verdict.error > TOLERANCE[self.case.dtype]:
+            verdict.wrong.append(f"weights are {verdict.error:.1e} off, {TOLERANCE[self.case.dtype]:.1e} is allowed")
+        return verdict
+
+
+Case = Union[Merge, Attend, Score, Prune, Mask, Softmax]
 
 FLOATS = list(TYPES)
 # More queries than there are.
@@ -579,6 +733,14 @@ def cases(count: int, quick: bool) -> Iterator[Case]:
             yield Prune(number, 64, 198, 384, keep=98, protect=2, fuse=False, dtype=dtype)
             yield Prune(number, 1, 1025, 1664, keep=700, dtype=dtype, dynamic=True)
             yield Prune(number, 1, 4097, 192, keep=2048, suffix=3, dtype=dtype)
+            yield Mask(number, 2, 12, 197, free=138, connections=69, dtype=dtype)
+            yield Mask(number, 64, 6, 50, free=35, connections=10, suffix=1, dtype=dtype, dynamic=True)
+            yield Mask(number, 1, 16, 577, free=404, connections=121, floor=50, dtype=dtype)
+            yield Mask(number, 1, 2, 2050, free=1435, connections=1000, dtype=dtype)
+            yield Softmax(number, 2, 12, 139, 139, dtype=dtype)
+            yield Softmax(number, 64, 6, 50, 50, closed=70, dtype=dtype)
+            yield Softmax(number, 1, 16, 577, 577, dtype=dtype)
+            yield Softmax(number, 1, 2, 300, 4097, closed=90, dtype=dtype)
         # More A tokens than are sorted in shared memory; heads wider than fit in it.
         yield Merge(5, 1, 8300, 16, 1, 8, r=100, protect=0)
         yield Merge(6, 2, 301, 40, 2, 160, r=60, protect=5, suffix=1)
@@ -618,3 +780,10 @@ def cases(count: int, quick: bool) -> Iterator[Case]:
                     keep + (between(-3, 3) if dynamic and keep in (0, candidates) else 0), protect=protect,
                     suffix=suffix, fuse=pick(True, False), dtype=pick(*FLOATS), dynamic=dynamic,
                     copies=pick(0, between(0, 60)), nan=pick(0, 0, between(0, 20)))
+        heads, count = between(1, 12), between(1, pick(40, 40, most))
+        free = between(1, count)
+        yield Mask(seed, pick(1, 2, 3), heads, count, free, connections=between(0, free + 2), protect=pick(0, 1, 2, 5),
+                   suffix=pick(0, 0, 1, 3), dtype=pick(*FLOATS), dynamic=pick(True, False),
+                   copies=pick(0, between(0, 40)), floor=pick(0, between(0, 100)))
+        yield Softmax(seed, pick(1, 2, 3), heads, between(1, pick(40, 40, most)), count, dtype=pick(*FLOATS),
+                      sharpness=float(random.uniform(0.1, 12)), closed=pick(0, 100, between(0, 100)))
