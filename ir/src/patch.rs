@@ -25,6 +25,7 @@ pub struct Patch {
     /// Whether new values are inputs.
     adds_inputs: bool,
     gone_outputs: Vec<usize>,
+    externalised: Vec<(ValueId, String)>,
     attributes: Vec<(NodeId, String, Attribute)>,
     types: Vec<(ValueId, ValueInfo)>,
     forgotten: Vec<ValueId>,
@@ -100,6 +101,7 @@ impl Patch {
             new_outputs: Vec::new(),
             adds_inputs: false,
             gone_outputs: Vec::new(),
+            externalised: Vec::new(),
             attributes: Vec::new(),
             types: Vec::new(),
             forgotten: Vec::new(),
@@ -120,6 +122,7 @@ impl Patch {
             self.new_outputs.len(),
             self.adds_inputs.into(),
             self.gone_outputs.len(),
+            self.externalised.len(),
             self.attributes.len(),
         ];
         let notes =
@@ -258,6 +261,19 @@ impl Patch {
         self.forgotten.push(value);
     }
 
+    /// Adds a graph input that has to be fed.
+    pub fn feed(&mut self, name: &str, ty: &TensorType) -> ValueId {
+        let value = self.value(name, Def::Input);
+        self.declare(value, ty);
+        self.adds_inputs = true;
+        value
+    }
+
+    /// Makes an initializer a graph input of that name, which has to be fed from then on.
+    pub fn externalise(&mut self, value: ValueId, name: &str) {
+        self.externalised.push((value, name.into()));
+    }
+
     /// Adds a local function unless the model has the same one.
     pub fn function(&mut self, function: Function) {
         self.functions.push(function);
@@ -333,6 +349,7 @@ impl Patch {
         for value in std::mem::take(&mut self.values) {
             let fixed = matches!(value.def, Def::Initializer(_));
             let replaceable = matches!(value.def, Def::Default(_));
+            let fed = value.def == Def::Input;
             let declared = value.info.is_some();
             let ty = value.ty();
             let id = graph.add_value(value);
@@ -342,6 +359,8 @@ impl Patch {
                     graph.inputs.push(id);
                     graph.value_mut(id).info = ty.as_ref().map(ValueInfo::of);
                 }
+            } else if fed {
+                graph.inputs.push(id);
             } else if declared {
                 graph.declared.push(id);
             }
@@ -384,6 +403,9 @@ impl Patch {
         for (slot, value) in std::mem::take(&mut self.outputs) {
             self.set_output(graph, slot, value)?;
         }
+        for (id, name) in std::mem::take(&mut self.externalised) {
+            self.make_input(graph, id, name)?;
+        }
         let gone: BTreeSet<usize> = std::mem::take(&mut self.gone_outputs).into_iter().collect();
         for slot in gone.into_iter().rev() {
             self.remove_output_at(graph, slot)?;
@@ -399,6 +421,22 @@ impl Patch {
             value.name = name;
             value.info = Some(ValueInfo::of(&ty));
         }
+        Ok(())
+    }
+
+    fn make_input(&mut self, graph: &mut Graph, id: ValueId, name: String) -> Result<(), PatchError> {
+        let value = self.existing(graph, id)?;
+        let Def::Initializer(tensor) = &value.def else { return Err(self.missing(format!("an initializer {id}"))) };
+        if value.name != name && has_value_named(graph, &name) {
+            return Err(PatchError::Name { pass: self.pass.clone(), name });
+        }
+        let info = ValueInfo::of(&tensor.ty());
+        graph.initializers.retain(|&initializer| initializer != id);
+        if !graph.inputs.contains(&id) {
+            graph.inputs.push(id);
+        }
+        let value = graph.value_mut(id);
+        (value.name, value.def, value.info) = (name, Def::Input, Some(info));
         Ok(())
     }
 
