@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use clap::{Parser, Subcommand};
 use vitrim_passes::Refusal;
 
-use crate::{bench, inspect, ops, rewrite, verify};
+use crate::{bench, inspect, ops, rewrite, train, verify};
 
 /// Token reduction for Vision Transformers, as compiler passes on ONNX graphs
 #[derive(Parser)]
@@ -29,6 +29,8 @@ enum Command {
     Prune(rewrite::PruneArgs),
     /// Apply the passes of a recipe
     Rewrite(rewrite::RewriteArgs),
+    /// Write graphs that train a model: gradients, optimizer and losses, for any ONNX Runtime
+    Train(Box<train::TrainArgs>),
     /// Compare the outputs of two models
     Verify(Box<verify::VerifyArgs>),
     /// Compare the speed of models
@@ -72,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Merge(args) => rewrite::merge(args),
         Command::Prune(args) => rewrite::prune(args),
         Command::Rewrite(args) => rewrite::rewrite(args),
+        Command::Train(args) => train::train(args),
         Command::Verify(args) => verify::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Ops => ops::run(),

@@ -11,4 +11,5 @@ pub mod ops;
 pub mod rewrite;
 pub mod runtime;
 pub mod tensor;
+pub mod train;
 pub mod verify;

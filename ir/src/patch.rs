@@ -135,6 +135,11 @@ impl Patch {
         self.names.fresh(hint)
     }
 
+    /// The name of a value that the patch adds.
+    pub fn name(&self, value: ValueId) -> Option<&str> {
+        Some(&self.values.get(value.slot().checked_sub(self.first_value)?)?.name)
+    }
+
     /// A new initializer.
     pub fn constant(&mut self, hint: &str, tensor: Tensor) -> ValueId {
         self.value(hint, Def::Initializer(tensor))

@@ -11,6 +11,7 @@
 //! kernels (features `cpu`, `cuda`).
 #![deny(unsafe_code)]
 
+pub mod adam_w;
 pub mod attention;
 #[cfg(feature = "bodies")]
 mod body;
@@ -34,6 +35,7 @@ use vitrim_ir::{Function, OpType};
 
 #[cfg(feature = "bodies")]
 pub use self::{
+    adam_w::AdamW,
     attention::{Attention, ProportionalAttention},
     connection_mask::{ConnectionMask, ConnectionMaskDynamic},
     masked_softmax::MaskedSoftmax,
@@ -87,4 +89,5 @@ pub static DEFS: &[&dyn OpDef] = &[
     &TokenScore,
     &TokenPrune,
     &TokenPruneDynamic,
+    &AdamW,
 ];

@@ -34,7 +34,7 @@ pub const TOKENS_KEY: &str = "vitrim.tokens";
 const NEWEST_OPSET: i64 = 28;
 
 /// The version of the format that introduced local functions.
-const FUNCTIONS_SINCE: i64 = 8;
+pub const FUNCTIONS_SINCE: i64 = 8;
 
 /// What the user should know where a model leaves version 3 of the format.
 const CONSTANTS_CAME_APART: &str = "weights are no graph inputs any more: the format has them apart since IR version 4";

@@ -1,59 +1,134 @@
-//! Training graphs: a model's parameters, a loss, its gradients and an optimizer in one file.
+//! Training graphs: a model's parameters, a loss, its gradients and an optimizer.
+//!
+//! [`Training::of`] takes a model apart: [`parameters`] become inputs, a [`loss`] is put on its output, the gradients are
+//! written beside it. [`stock`] makes files of that which any ONNX Runtime trains.
 #![forbid(unsafe_code)]
 
 pub mod loss;
+pub mod manifest;
+pub mod optimizer;
 pub mod parameters;
+pub mod stock;
+pub mod weights;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use vitrim_autodiff::{Emitter, gradients, rules};
 use vitrim_ir::{DataType, Model, Patch, Shapes, ValueId};
 use vitrim_passes::Refusal;
+use vitrim_passes::driver::{self, FUNCTIONS_SINCE, Options, Report};
+use vitrim_passes::recipe::Recipe;
 
 use crate::loss::{Heads, Loss, declared};
-use crate::parameters::{Parameter, parameters, separate};
+use crate::parameters::{Parameter, Selection, separate};
 
-/// A graph of loss and gradients.
+/// What is trained, and how it is judged.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What is made small.
+    pub loss: Loss,
+    /// The output that the loss is of; the first where none is named.
+    pub output: Option<String>,
+    /// Which parameters are trained.
+    pub selection: Selection,
+    /// What is done to the tokens in training. The model that is evaluated is the original.
+    pub recipe: Recipe,
+}
+
+/// The graphs that every format is made of. Parameters are inputs of both, under the same names and in the same order.
 #[derive(Debug)]
-pub struct Gradients {
-    /// The graph: its inputs are the model's, the labels and the parameters; its outputs are those of the loss, and the
-    /// gradients.
-    pub model: Model,
+pub struct Training {
+    /// Loss and outputs of the model as it was.
+    pub eval: Model,
+    /// Loss, outputs and gradients.
+    pub gradients: Model,
     /// The values of the loss.
     pub heads: Heads,
-    /// The parameters, with the names of their gradients where they are trained.
-    pub parameters: Vec<(Parameter, Option<String>)>,
+    /// The parameters.
+    pub parameters: Vec<Parameter>,
+    /// What was done to the tokens in training.
+    pub report: Report,
+    /// What the user should know.
+    pub notes: Vec<String>,
+}
+
+/// The output with the gradient of a parameter.
+pub fn gradient_name(parameter: &str) -> String {
+    format!("{parameter}.grad")
 }
 
 fn internal(error: impl std::fmt::Display) -> Refusal {
     Refusal::Internal(error.to_string())
 }
 
-/// The graph that computes a loss of a prepared model, and its gradients.
-pub fn gradient_graph(model: &Model, loss: &Loss, output: Option<&str>) -> Result<Gradients, Refusal> {
-    let model = separate(model)?;
-    let (model, heads) = loss::attach(&model, loss, output)?;
-    let shapes = Shapes::infer(&model);
-    let parameters = parameters(&model);
-    let wrt: Vec<ValueId> = parameters.iter().filter(|parameter| parameter.trainable).map(|one| one.value).collect();
-    let mut patch = Patch::new(&model, "gradients");
-    let found: HashMap<ValueId, ValueId> = {
-        let mut emit = Emitter::new(&model, &shapes, &mut patch);
-        let of = model.graph().outputs()[0];
-        let one = emit.number(DataType::F32, 1.0);
-        gradients(&mut emit, &[(of, one)], &wrt, &rules::standard)
-            .map_err(|error| Refusal::Request(error.to_string()))?
-    };
-    let mut list = Vec::new();
-    for parameter in parameters {
-        let Some(&gradient) = found.get(&parameter.value) else { continue };
-        patch.externalise(parameter.value, &parameter.name);
-        let name = format!("{}.grad", parameter.name);
-        let ty = declared(&shapes, parameter.value, DataType::F32);
-        patch.append_output(&name, gradient, ty);
-        list.push((parameter, Some(name)));
+impl Training {
+    /// The graphs that train a model.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Request`] where there is nothing to train, no such output, or no gradient: the message names the
+    /// operator that has none, and the parameter that needs it.
+    pub fn of(model: &Model, request: &Request) -> Result<Self, Refusal> {
+        let (model, mut notes) = driver::prepare(model)?;
+        let (model, mut parameters) = separate(&model)?;
+        request.selection.apply(&mut parameters)?;
+        let (reduced, report) = match request.recipe.passes.is_empty() {
+            true => (model.clone(), Report::default()),
+            false => driver::rewrite(&model, &request.recipe, Options::default())?,
+        };
+        notes.extend(report.notes.iter().cloned());
+
+        let (mut gradients, heads) = loss::attach(&reduced, &request.loss, request.output.as_deref())?;
+        let reached = differentiate(&mut gradients, &parameters)?;
+        for parameter in parameters.iter_mut().filter(|parameter| parameter.trainable) {
+            parameter.trainable = reached.contains(&parameter.name);
+        }
+        if reached.is_empty() {
+            return Err(Refusal::Request("the loss depends on no parameter that is to be trained".into()));
+        }
+        let (eval, _) = loss::attach(&model, &request.loss, request.output.as_deref())?;
+        let [eval, gradients] = [eval, gradients].map(|graph| expose(&graph, &parameters));
+        Ok(Self { eval: eval?, gradients: gradients?, heads, parameters, report, notes })
     }
-    let (model, _) = patch.apply(&model).map_err(internal)?;
-    model.verify().map_err(internal)?;
-    Ok(Gradients { model, heads, parameters: list })
+}
+
+/// Adds the gradients of the first output as further outputs. Gives the parameters that have one.
+fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<HashSet<String>, Refusal> {
+    let shapes = Shapes::infer(model);
+    let graph = model.graph();
+    let initializers: HashMap<&str, ValueId> =
+        graph.initializers().iter().map(|&value| (graph.value(value).name(), value)).collect();
+    let wrt: Vec<(&Parameter, ValueId)> = parameters
+        .iter()
+        .filter(|parameter| parameter.trainable)
+        .filter_map(|parameter| Some((parameter, *initializers.get(parameter.name.as_str())?)))
+        .collect();
+    let mut patch = Patch::new(model, "gradients");
+    let mut emit = Emitter::new(model, &shapes, &mut patch);
+    let one = emit.number(DataType::F32, 1.0);
+    let values: Vec<ValueId> = wrt.iter().map(|&(_, value)| value).collect();
+    let found = gradients(&mut emit, &[(graph.outputs()[0], one)], &values, &rules::standard)
+        .map_err(|error| Refusal::Request(error.to_string()))?;
+    let mut reached = HashSet::new();
+    for (parameter, value) in wrt {
+        let Some(&gradient) = found.get(&value) else { continue };
+        patch.append_output(&gradient_name(&parameter.name), gradient, declared(&shapes, value, DataType::F32));
+        reached.insert(parameter.name.clone());
+    }
+    (*model, _) = patch.apply(model).map_err(internal)?;
+    Ok(reached)
+}
+
+/// The model with its parameters as inputs; those that it does not read are none.
+fn expose(model: &Model, parameters: &[Parameter]) -> Result<Model, Refusal> {
+    let mut patch = Patch::new(model, "parameters");
+    for parameter in parameters {
+        if let Some(value) = model.graph().find_value(&parameter.name) {
+            patch.externalise(value, &parameter.name);
+        }
+    }
+    let (mut exposed, _) = patch.apply(model).map_err(internal)?;
+    exposed.require_ir_version(FUNCTIONS_SINCE);
+    exposed.verify().map_err(internal)?;
+    Ok(exposed)
 }

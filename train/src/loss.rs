@@ -105,21 +105,21 @@ impl Writer<'_> {
         let batch = like.dims.as_ref().and_then(|dims| dims.first().cloned()).ok_or("it has no batch")?;
         let per_example_type = |dtype| TensorType { dtype, dims: Some(vec![batch.clone()]) };
         let rank = self.emit.rank(logits)?;
-        let (labels, per_example, correct) = match loss {
+        let (per_example, correct) = match loss {
             Loss::CrossEntropy { label_smoothing, soft_targets } => {
                 if rank != 2 {
                     return Err("cross-entropy is of [batch, classes]".into());
                 }
-                let (labels, target, class) = match soft_targets {
+                let (target, class) = match soft_targets {
                     true => {
                         let labels = self.emit.patch().feed("labels", &like);
                         let attributes = [("axis", Attribute::Int(-1)), ("keepdims", Attribute::Int(0))];
                         let class = self.emit.op_with("ArgMax", &[labels], &attributes);
-                        (labels, self.smooth(labels, *label_smoothing)?, class)
+                        (self.smooth(labels, *label_smoothing)?, class)
                     }
                     false => {
                         let labels = self.emit.patch().feed("labels", &per_example_type(DataType::I64));
-                        (labels, self.one_hot(labels, *label_smoothing)?, labels)
+                        (self.one_hot(labels, *label_smoothing)?, labels)
                     }
                 };
                 let log = self.emit.op_with("LogSoftmax", &[logits], &[("axis", Attribute::Int(-1))]);
@@ -129,20 +129,20 @@ impl Writer<'_> {
                 let attributes = [("axis", Attribute::Int(-1)), ("keepdims", Attribute::Int(0))];
                 let predicted = self.emit.op_with("ArgMax", &[logits], &attributes);
                 let correct = self.emit.op("Equal", &[predicted, class]);
-                (labels, per_example, Some(correct))
+                (per_example, Some(correct))
             }
             Loss::BinaryCrossEntropy => {
                 let labels = self.emit.patch().feed("labels", &like);
                 let certain = self.emit.op("Softplus", &[logits]);
                 let right = self.emit.op("Mul", &[logits, labels]);
                 let entries = self.emit.op("Sub", &[certain, right]);
-                (labels, self.mean_of_each(entries, rank), None)
+                (self.mean_of_each(entries, rank), None)
             }
             _ => {
                 let labels = self.emit.patch().feed("labels", &like);
                 let difference = self.emit.op("Sub", &[logits, labels]);
                 let squares = self.emit.op("Mul", &[difference, difference]);
-                (labels, self.mean_of_each(squares, rank), None)
+                (self.mean_of_each(squares, rank), None)
             }
         };
         let loss = self.emit.reduce("ReduceMean", per_example, &[0], false);
@@ -154,7 +154,6 @@ impl Writer<'_> {
             patch.append_output("correct", correct, per_example_type(DataType::Bool));
         }
         patch.append_output(&name, logits, like);
-        let _ = labels;
         Ok(Heads {
             logits: Some(name),
             labels: Some("labels".into()),

@@ -4,17 +4,18 @@
 //! values that depend on a parameter or, in a product or convolution, on the model's input. What is left out so is how
 //! images are normalised, before any parameter acts; scalars; and what never meets the stream.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use vitrim_ir::{Graph, Model, Node, NodeId, Patch, Shapes, Tensor, ValueId};
 use vitrim_passes::Refusal;
 
+use crate::internal;
+
 /// A parameter of a model.
 #[derive(Clone, Debug)]
 pub struct Parameter {
-    /// The initializer that holds it.
-    pub value: ValueId,
-    /// The path of its module and its name there, where the export shows them; else the initializer's.
+    /// The initializer that holds it: the path of its module and its name there, where the export shows them.
     pub name: String,
     /// Initial elements.
     pub tensor: Tensor,
@@ -23,6 +24,43 @@ pub struct Parameter {
     pub decay: bool,
     /// Whether it is trained.
     pub trainable: bool,
+}
+
+/// Which parameters are trained, by patterns of their names (`*` stands for any characters, `?` for one).
+#[derive(Clone, Debug, Default)]
+pub struct Selection {
+    /// Those that are not.
+    pub freeze: Vec<String>,
+    /// Those that are, of the frozen ones.
+    pub unfreeze: Vec<String>,
+}
+
+impl Selection {
+    /// Decides for each parameter.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Request`] for a pattern that is malformed or fits no parameter: it is likely misspelt.
+    pub fn apply(&self, parameters: &mut [Parameter]) -> Result<(), Refusal> {
+        for (patterns, trainable) in [(&self.freeze, false), (&self.unfreeze, true)] {
+            for text in patterns {
+                let pattern = glob::Pattern::new(text)
+                    .map_err(|error| Refusal::Request(format!("the pattern '{text}' is malformed: {error}")))?;
+                let mut fits = false;
+                for parameter in parameters.iter_mut().filter(|parameter| pattern.matches(&parameter.name)) {
+                    (parameter.trainable, fits) = (trainable, true);
+                }
+                if !fits {
+                    let first: Vec<&str> = parameters.iter().take(5).map(|one| one.name.as_str()).collect();
+                    return Err(Refusal::Request(format!(
+                        "no parameter fits '{text}'; they are called {}, …",
+                        first.join(", ")
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What a node does with a parameter.
@@ -49,60 +87,35 @@ impl Role {
     }
 }
 
-/// A model whose parameters are initializers, each read by those nodes alone that are to share it.
+/// A model whose parameters are initializers of their own names, each read by those nodes alone that are to share it.
 ///
 /// Exporters let equal constants be one: zero biases, unit norms. To train that one would tie what was never tied, so
 /// every reader gets its own where all elements are equal.
-pub fn separate(model: &Model) -> Result<Model, Refusal> {
+pub fn separate(model: &Model) -> Result<(Model, Vec<Parameter>), Refusal> {
     let graph = model.graph();
     let shapes = Shapes::infer(model);
     let mut patch = Patch::new(model, "parameters");
-    for (value, readers) in found(graph, &shapes) {
-        let Some(tensor) = graph.constant(value).map(std::borrow::Cow::into_owned) else { continue };
-        let (first, others) = readers.split_at(1);
-        let shared = shapes.uniform(value).is_none();
-        let is_node = graph.producer(value).is_some();
-        let name = graph.value(value).name();
-        let mut own = None;
-        if is_node {
-            let made = patch.constant(name, tensor.clone());
-            patch.rewire(first[0].0, first[0].1, made);
-            own = Some(made);
-        }
-        for &(node, slot) in others {
-            match (shared, own) {
-                (true, None) => {}
-                (true, Some(own)) => patch.rewire(node, slot, own),
-                (false, _) => {
-                    let made = patch.constant(name, tensor.clone());
-                    patch.rewire(node, slot, made);
-                }
-            }
-        }
-    }
-    let (separate, _) = patch.apply(model).map_err(|error| Refusal::Internal(error.to_string()))?;
-    Ok(separate)
-}
-
-/// The parameters of a model, in the order in which they are first read.
-pub fn parameters(model: &Model) -> Vec<Parameter> {
-    let graph = model.graph();
-    let mut taken = HashSet::new();
     let mut list = Vec::new();
-    for (value, readers) in found(graph, &Shapes::infer(model)) {
-        let Some(tensor) = graph.constant(value) else { continue };
-        let role = Role::of(graph.node(readers[0].0), readers[0].1);
-        let base = name(graph, value, readers[0].0, role);
-        let mut name = base.clone();
-        for copy in 2.. {
-            if taken.insert(name.clone()) {
-                break;
+    for (value, readers) in found(graph, &shapes) {
+        let Some(tensor) = graph.constant(value).map(Cow::into_owned) else { continue };
+        let tied: Vec<&[(NodeId, usize)]> = match shapes.uniform(value) {
+            Some(_) => readers.chunks(1).collect(),
+            None => vec![&readers],
+        };
+        for (copy, readers) in tied.into_iter().enumerate() {
+            let (node, slot) = readers[0];
+            let role = Role::of(graph.node(node), slot);
+            let mut name = name(graph, value, node, role);
+            if copy > 0 || graph.producer(value).is_some() || name != graph.value(value).name() {
+                let own = patch.constant(&name, tensor.clone());
+                readers.iter().for_each(|&(node, slot)| patch.rewire(node, slot, own));
+                name = patch.name(own).unwrap_or(&name).to_owned();
             }
-            name = format!("{base}_{copy}");
+            list.push(Parameter { name, tensor: tensor.clone(), decay: role == Role::Matrix, trainable: true });
         }
-        list.push(Parameter { value, name, tensor: tensor.into_owned(), decay: role == Role::Matrix, trainable: true });
     }
-    list
+    let (separate, _) = patch.apply(model).map_err(internal)?;
+    Ok((separate, list))
 }
 
 /// Constants that are parameters, and who reads them, in the order in which they are first read.

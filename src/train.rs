@@ -1,0 +1,245 @@
+//! `vitrim train`: from a model file to a folder of graphs that train it.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+use vitrim_ir::Model;
+use vitrim_passes::Refusal;
+use vitrim_passes::recipe::Recipe;
+use vitrim_train::loss::Loss;
+use vitrim_train::manifest::Manifest;
+use vitrim_train::optimizer::{Optimizer, Update};
+use vitrim_train::parameters::Selection;
+use vitrim_train::stock::stock;
+use vitrim_train::{Request, Training, weights};
+
+use crate::verify::print;
+
+/// Options of `vitrim train`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct TrainArgs {
+    /// The model to read
+    pub input: PathBuf,
+    /// The folder to write; it must not exist, or be empty
+    pub output: PathBuf,
+    /// What to make small: cross-entropy (labels are classes), soft-cross-entropy (labels are distributions: mixup,
+    /// distillation), binary-cross-entropy, mse, or output:NAME (a scalar that the model computes itself)
+    #[arg(long, value_name = "LOSS", default_value = "cross-entropy")]
+    pub loss: LossArg,
+    /// Share of the target to spread over all classes, of cross-entropy
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    pub label_smoothing: f64,
+    /// The output that the loss is of [default: the first]
+    #[arg(long, value_name = "NAME")]
+    pub of: Option<String>,
+    /// How parameters follow their gradients
+    #[arg(long, value_name = "WHICH", default_value = "adamw")]
+    pub optimizer: OptimizerArg,
+    /// Share of the matrices that a step takes away, times the learning rate [default: 0.05; of sgd 0]
+    #[arg(long, value_name = "SHARE")]
+    pub weight_decay: Option<f64>,
+    /// β₁ and β₂ of adamw
+    #[arg(long, value_name = "B1,B2", value_delimiter = ',', num_args = 1..=2, default_values_t = [0.9, 0.999])]
+    pub betas: Vec<f64>,
+    /// Share of former steps in the next, of sgd
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9)]
+    pub momentum: f64,
+    /// Largest norm of all gradients together
+    #[arg(long, value_name = "NORM")]
+    pub clip: Option<f64>,
+    /// Keep running means of the parameters too, of which a step keeps this share
+    #[arg(long, value_name = "SHARE")]
+    pub ema: Option<f64>,
+    /// Add gradients up over several batches: one more graph, for all batches of a step but the last
+    #[arg(long)]
+    pub accumulate: bool,
+    /// Write loss and gradients alone, for an optimizer of your own
+    #[arg(long, conflicts_with_all = ["clip", "ema", "accumulate", "weight_decay"])]
+    pub gradients_only: bool,
+    /// Parameters that stay as they are, by name; * stands for anything
+    #[arg(long, value_name = "GLOB")]
+    pub freeze: Vec<String>,
+    /// Parameters that are trained, of those frozen
+    #[arg(long, value_name = "GLOB")]
+    pub unfreeze: Vec<String>,
+    /// What to do to the tokens in training, a TOML file; what is evaluated is the original model
+    #[arg(long, value_name = "FILE")]
+    pub recipe: Option<PathBuf>,
+    /// Print the manifest
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A loss on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LossArg {
+    /// Of classes.
+    CrossEntropy,
+    /// Of distributions.
+    SoftCrossEntropy,
+    /// Of each entry.
+    BinaryCrossEntropy,
+    /// Of squared differences.
+    Mse,
+    /// An output of the model.
+    Output(String),
+}
+
+impl FromStr for LossArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(match text {
+            "cross-entropy" => Self::CrossEntropy,
+            "soft-cross-entropy" => Self::SoftCrossEntropy,
+            "binary-cross-entropy" => Self::BinaryCrossEntropy,
+            "mse" => Self::Mse,
+            _ => match text.strip_prefix("output:") {
+                Some(name) => Self::Output(name.into()),
+                None => {
+                    let known = "cross-entropy, soft-cross-entropy, binary-cross-entropy, mse or output:NAME";
+                    return Err(format!("it is none of {known}"));
+                }
+            },
+        })
+    }
+}
+
+/// An optimizer on the command line.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub enum OptimizerArg {
+    /// Adam with decoupled weight decay
+    Adamw,
+    /// Stochastic gradient descent with momentum
+    Sgd,
+}
+
+impl TrainArgs {
+    fn request(&self) -> Result<Request> {
+        let loss = match &self.loss {
+            LossArg::CrossEntropy | LossArg::SoftCrossEntropy => {
+                let soft_targets = self.loss == LossArg::SoftCrossEntropy;
+                Loss::CrossEntropy { label_smoothing: share("--label-smoothing", self.label_smoothing)?, soft_targets }
+            }
+            _ if self.label_smoothing != 0.0 => bail!("--label-smoothing is of cross-entropy"),
+            LossArg::BinaryCrossEntropy => Loss::BinaryCrossEntropy,
+            LossArg::Mse => Loss::MeanSquaredError,
+            LossArg::Output(name) => Loss::Output(name.clone()),
+        };
+        let recipe = match &self.recipe {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+                Recipe::parse(&text)?
+            }
+            None => Recipe::default(),
+        };
+        let selection = Selection { freeze: self.freeze.clone(), unfreeze: self.unfreeze.clone() };
+        Ok(Request { loss, output: self.of.clone(), selection, recipe })
+    }
+
+    fn update(&self) -> Result<Option<Update>> {
+        if self.gradients_only {
+            return Ok(None);
+        }
+        let optimizer = match self.optimizer {
+            OptimizerArg::Adamw => {
+                let [beta1, beta2] = self.betas[..] else { bail!("--betas wants two numbers") };
+                let (beta1, beta2) = (share("--betas", beta1)?, share("--betas", beta2)?);
+                let weight_decay = self.weight_decay.unwrap_or(0.05);
+                Optimizer::AdamW { beta1, beta2, epsilon: 1e-8, weight_decay }
+            }
+            OptimizerArg::Sgd => Optimizer::Sgd {
+                momentum: share("--momentum", self.momentum)?,
+                weight_decay: self.weight_decay.unwrap_or(0.0),
+            },
+        };
+        let clip = match self.clip {
+            Some(clip) if !(clip > 0.0 && clip.is_finite()) => bail!("--clip wants a number above 0, not {clip}"),
+            clip => clip,
+        };
+        let ema = self.ema.map(|kept| share("--ema", kept)).transpose()?;
+        Ok(Some(Update { optimizer, clip, ema, accumulate: self.accumulate }))
+    }
+}
+
+/// A number from 0 to below 1.
+fn share(option: &str, value: f64) -> Result<f64> {
+    match value {
+        0.0..1.0 => Ok(value),
+        _ => bail!("{option} wants a number from 0 to below 1, not {value}"),
+    }
+}
+
+/// Runs `vitrim train`.
+pub fn train(args: &TrainArgs) -> Result<ExitCode> {
+    let (request, update) = (args.request()?, args.update()?);
+    let model = Model::read(&args.input)?;
+    model.verify().with_context(|| format!("'{}' is not a valid model", args.input.display()))?;
+    let training = Training::of(&model, &request).with_context(|| args.input.display().to_string())?;
+    let (notes, parameters) = (training.notes.clone(), training.parameters.clone());
+    let made = stock(training, update.as_ref())?;
+    let folder = Folder::create(&args.output)?;
+    for (name, graph) in &made.graphs {
+        let verified = graph.verify().map_err(|violations| Refusal::Internal(violations.to_string()))?;
+        Model::write(verified, &folder.path(name), &args.input)?;
+    }
+    weights::write(&parameters, &folder.path("parameters.safetensors"))?;
+    let manifest = serde_json::to_string_pretty(&made.manifest)? + "\n";
+    std::fs::write(folder.path("manifest.json"), &manifest)?;
+    folder.commit()?;
+    notes.iter().for_each(|note| eprintln!("note: {note}"));
+    print(if args.json { manifest } else { Summary(&made.manifest, &args.output).to_string() })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What was written, for people.
+struct Summary<'a>(&'a Manifest, &'a Path);
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(manifest, folder) = self;
+        let size = |shape: &[i64]| shape.iter().product::<i64>();
+        let trained = || manifest.parameters.iter().filter(|parameter| parameter.trainable);
+        let elements: i64 = trained().map(|parameter| size(&parameter.shape)).sum();
+        let (count, all) = (trained().count(), manifest.parameters.len());
+        writeln!(f, "trains {count} of {all} parameters, {elements} elements")?;
+        writeln!(f, "written to {}", folder.display())
+    }
+}
+
+/// A folder that appears under its name when all its files are there, or not at all.
+struct Folder {
+    target: PathBuf,
+    temporary: tempfile::TempDir,
+}
+
+impl Folder {
+    fn create(target: &Path) -> Result<Self> {
+        let exists = || format!("'{}' exists already and is no empty folder", target.display());
+        match std::fs::read_dir(target) {
+            Ok(mut entries) => anyhow::ensure!(entries.next().is_none(), exists()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(_) => bail!(exists()),
+        }
+        let parent = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let temporary = tempfile::Builder::new().prefix(".vitrim-train").tempdir_in(parent);
+        let temporary = temporary.with_context(|| format!("cannot write to {}", parent.display()))?;
+        Ok(Self { target: target.into(), temporary })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.temporary.path().join(name)
+    }
+
+    fn commit(self) -> Result<()> {
+        let target = self.target;
+        std::fs::rename(self.temporary.path(), &target)
+            .with_context(|| format!("cannot write {}", target.display()))?;
+        // It is no temporary folder any more.
+        let _ = self.temporary.keep();
+        Ok(())
+    }
+}

@@ -1,0 +1,78 @@
+//! Training in any ONNX Runtime: graphs of standard operators and ours, fed with parameters and optimizer state and giving
+//! back what they are after the step.
+
+use vitrim_ir::Model;
+use vitrim_passes::Refusal;
+
+use crate::manifest::{Graphs, Manifest, ParameterEntry};
+use crate::optimizer::{self, Trained, Update};
+use crate::{Training, gradient_name};
+
+/// The files, by name, and what they are.
+#[derive(Debug)]
+pub struct Stock {
+    /// Graphs by file name.
+    pub graphs: Vec<(&'static str, Model)>,
+    /// What they are.
+    pub manifest: Manifest,
+}
+
+/// The graphs of a training: with an update a whole step, without one the gradients alone.
+pub fn stock(training: Training, update: Option<&Update>) -> Result<Stock, Refusal> {
+    let Training { eval, gradients, heads, parameters, .. } = training;
+    let of_heads: Vec<&String> = [&heads.labels].into_iter().flatten().collect();
+    let is_parameter = |name: &str| parameters.iter().any(|parameter| parameter.name == name);
+    let inputs = eval.graph().feeds().map(|input| eval.graph().value(input).name().to_owned());
+    let inputs = inputs.filter(|name| !is_parameter(name) && !of_heads.contains(&name)).collect();
+    let trained: Vec<Trained> = parameters
+        .iter()
+        .filter(|parameter| parameter.trainable)
+        .map(|parameter| Trained {
+            name: parameter.name.clone(),
+            gradient: gradient_name(&parameter.name),
+            decay: parameter.decay,
+        })
+        .collect();
+    let entries = parameters.iter().map(|parameter| ParameterEntry {
+        name: parameter.name.clone(),
+        gradient: parameter.trainable.then(|| gradient_name(&parameter.name)),
+        shape: parameter.tensor.dims().to_vec(),
+        trainable: parameter.trainable,
+        decay: parameter.decay,
+    });
+    let mut manifest = Manifest {
+        schema_version: 1,
+        graphs: Graphs { eval: "eval.onnx".into(), ..Graphs::default() },
+        inputs,
+        labels: heads.labels,
+        loss: heads.loss,
+        logits: heads.logits,
+        per_example_loss: heads.per_example,
+        correct: heads.correct,
+        parameters: entries.collect(),
+        scalars: Vec::new(),
+        state: Vec::new(),
+        accumulated: Vec::new(),
+    };
+    let mut graphs = vec![("eval.onnx", eval)];
+    match update {
+        None => {
+            manifest.graphs.gradients = Some("gradients.onnx".into());
+            graphs.push(("gradients.onnx", gradients));
+        }
+        Some(update) => {
+            let (train, next) = optimizer::stepping(&gradients, &trained, update)?;
+            manifest.scalars = update.scalars().into_iter().map(Into::into).collect();
+            manifest.state = next.iter().map(Into::into).collect();
+            manifest.graphs.train = Some("train.onnx".into());
+            graphs.push(("train.onnx", train));
+            if update.accumulate {
+                let (accumulate, next) = optimizer::accumulating(&gradients, &trained)?;
+                manifest.accumulated = next.iter().map(Into::into).collect();
+                manifest.graphs.accumulate = Some("accumulate.onnx".into());
+                graphs.push(("accumulate.onnx", accumulate));
+            }
+        }
+    }
+    Ok(Stock { graphs, manifest })
+}
