@@ -274,7 +274,7 @@ impl Patch {
         value
     }
 
-    /// Makes an initializer a graph input of that name, which has to be fed from then on.
+    /// Makes an initializer, or an input that may be left out, a graph input of that name which has to be fed.
     pub fn externalise(&mut self, value: ValueId, name: &str) {
         self.externalised.push((value, name.into()));
     }
@@ -431,7 +431,9 @@ impl Patch {
 
     fn make_input(&mut self, graph: &mut Graph, id: ValueId, name: String) -> Result<(), PatchError> {
         let value = self.existing(graph, id)?;
-        let Def::Initializer(tensor) = &value.def else { return Err(self.missing(format!("an initializer {id}"))) };
+        let (Def::Initializer(tensor) | Def::Default(tensor)) = &value.def else {
+            return Err(self.missing(format!("an initializer {id}")));
+        };
         if value.name != name && has_value_named(graph, &name) {
             return Err(PatchError::Name { pass: self.pass.clone(), name });
         }

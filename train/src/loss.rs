@@ -61,7 +61,7 @@ pub fn attach(model: &Model, loss: &Loss, output: Option<&str>) -> Result<(Model
     };
     let shapes = Shapes::infer(model);
     let mut patch = Patch::new(model, "loss");
-    patch.drop_outputs();
+    (0..graph.outputs().len()).for_each(|slot| patch.remove_output(slot));
     let heads = match loss {
         Loss::Output(name) => {
             let value = named(name)?;

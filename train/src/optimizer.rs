@@ -251,7 +251,7 @@ struct Writer<'g> {
 impl<'g> Writer<'g> {
     fn new(gradients: &'g Model, pass: &'static str) -> Self {
         let mut patch = Patch::new(gradients, pass);
-        patch.drop_outputs();
+        (0..gradients.graph().outputs().len()).for_each(|slot| patch.remove_output(slot));
         Self { gradients, patch, pass }
     }
 

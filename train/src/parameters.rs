@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
-use vitrim_ir::{Graph, Model, Node, NodeId, Patch, Shapes, Tensor, ValueId};
+use vitrim_ir::{Def, Graph, Model, Node, NodeId, Patch, Shapes, Tensor, ValueId};
 use vitrim_passes::Refusal;
 
 use crate::internal;
@@ -97,7 +97,7 @@ pub fn separate(model: &Model) -> Result<(Model, Vec<Parameter>), Refusal> {
     let mut patch = Patch::new(model, "parameters");
     let mut list = Vec::new();
     for (value, readers) in found(graph, &shapes) {
-        let Some(tensor) = graph.constant(value).map(Cow::into_owned) else { continue };
+        let Some(tensor) = held(graph, value).map(Cow::into_owned) else { continue };
         let tied: Vec<&[(NodeId, usize)]> = match shapes.uniform(value) {
             Some(_) => readers.chunks(1).collect(),
             None => vec![&readers],
@@ -106,7 +106,10 @@ pub fn separate(model: &Model) -> Result<(Model, Vec<Parameter>), Refusal> {
             let (node, slot) = readers[0];
             let role = Role::of(graph.node(node), slot);
             let mut name = name(graph, value, node, role);
-            if copy > 0 || graph.producer(value).is_some() || name != graph.value(value).name() {
+            let is_input = matches!(graph.value(value).def(), Def::Default(_));
+            if copy == 0 && is_input {
+                name = graph.value(value).name().to_owned();
+            } else if copy > 0 || graph.producer(value).is_some() || name != graph.value(value).name() {
                 let own = patch.constant(&name, tensor.clone());
                 readers.iter().for_each(|&(node, slot)| patch.rewire(node, slot, own));
                 name = patch.name(own).unwrap_or(&name).to_owned();
@@ -133,7 +136,7 @@ fn found(graph: &Graph, shapes: &Shapes) -> Vec<(ValueId, Vec<(NodeId, usize)>)>
         let mut has = false;
         for (slot, &operand) in node.inputs.iter().enumerate() {
             let Some(operand) = operand.filter(|&operand| is_float(operand)) else { continue };
-            if graph.constant(operand).is_none_or(|tensor| tensor.len() < 2) {
+            if held(graph, operand).is_none_or(|tensor| tensor.len() < 2) {
                 continue;
             }
             let others = node.operands().filter(|&other| other != operand);
@@ -154,6 +157,14 @@ fn found(graph: &Graph, shapes: &Shapes) -> Vec<(ValueId, Vec<(NodeId, usize)>)>
         }
     }
     list
+}
+
+/// The tensor that a value holds unless a caller gives another.
+fn held(graph: &Graph, value: ValueId) -> Option<Cow<'_, Tensor>> {
+    match graph.value(value).def() {
+        Def::Default(tensor) => Some(Cow::Borrowed(tensor)),
+        _ => graph.constant(value),
+    }
 }
 
 /// Whether a node lays out a constant as tokens: a class token that is expanded to the batch, or joined.
