@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use vitrim_ir::Model;
 use vitrim_passes::Refusal;
 use vitrim_passes::recipe::Recipe;
+use vitrim_train::drop_path::DropPath;
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::Manifest;
 use vitrim_train::optimizer::{Optimizer, Update};
@@ -68,6 +69,13 @@ pub struct TrainArgs {
     /// What to do to the tokens in training, a TOML file; what is evaluated is the original model
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
+    /// Leave residual branches out at random in training, image by image: with this probability in the last block, less
+    /// in those before
+    #[arg(long, value_name = "RATE", default_value_t = 0.0)]
+    pub drop_path: f64,
+    /// Seed of what is drawn at random
+    #[arg(long, value_name = "SEED", default_value_t = 0)]
+    pub seed: u32,
     /// Print the manifest
     #[arg(long)]
     pub json: bool,
@@ -137,7 +145,9 @@ impl TrainArgs {
             None => Recipe::default(),
         };
         let selection = Selection { freeze: self.freeze.clone(), unfreeze: self.unfreeze.clone() };
-        Ok(Request { loss, output: self.of.clone(), selection, recipe })
+        let rate = share("--drop-path", self.drop_path)?;
+        let drop_path = (rate > 0.0).then_some(DropPath { rate, seed: self.seed });
+        Ok(Request { loss, output: self.of.clone(), selection, recipe, drop_path })
     }
 
     fn update(&self) -> Result<Option<Update>> {

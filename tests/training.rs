@@ -28,7 +28,7 @@ const STEP_TOLERANCE: f64 = 1e-4;
 /// Everything is trained to tell classes.
 fn request() -> Request {
     let loss = Loss::CrossEntropy { label_smoothing: 0.0, soft_targets: false };
-    Request { loss, output: None, selection: Selection::default(), recipe: Recipe::default() }
+    Request { loss, output: None, selection: Selection::default(), recipe: Recipe::default(), drop_path: None }
 }
 
 #[test]

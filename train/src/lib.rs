@@ -4,6 +4,8 @@
 //! written beside it. [`stock`] makes files of that which any ONNX Runtime trains.
 #![forbid(unsafe_code)]
 
+mod decompose;
+pub mod drop_path;
 pub mod loss;
 pub mod manifest;
 pub mod optimizer;
@@ -19,6 +21,8 @@ use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, FUNCTIONS_SINCE, Options, Report};
 use vitrim_passes::recipe::Recipe;
 
+use crate::decompose::decompose;
+use crate::drop_path::DropPath;
 use crate::loss::{Heads, Loss, declared};
 use crate::parameters::{Parameter, Selection, separate};
 
@@ -33,6 +37,8 @@ pub struct Request {
     pub selection: Selection,
     /// What is done to the tokens in training. The model that is evaluated is the original.
     pub recipe: Recipe,
+    /// Stochastic depth in training, where wanted.
+    pub drop_path: Option<DropPath>,
 }
 
 /// The graphs that every format is made of. Parameters are inputs of both, under the same names and in the same order.
@@ -71,6 +77,12 @@ impl Training {
     pub fn of(model: &Model, request: &Request) -> Result<Self, Refusal> {
         let (model, mut notes) = driver::prepare(model)?;
         let (model, mut parameters) = separate(&model)?;
+        if let Some(other) = parameters.iter().find(|parameter| parameter.tensor.dtype() != DataType::F32) {
+            let (name, dtype) = (&other.name, other.tensor.dtype());
+            return Err(Refusal::Request(format!(
+                "the parameter '{name}' is {dtype}: training is in float32. Export the model in that"
+            )));
+        }
         request.selection.apply(&mut parameters)?;
         let (reduced, report) = match request.recipe.passes.is_empty() {
             true => (model.clone(), Report::default()),
@@ -78,6 +90,12 @@ impl Training {
         };
         notes.extend(report.notes.iter().cloned());
 
+        let mut reduced = decompose(&reduced)?;
+        if let Some(drop_path) = request.drop_path {
+            let matrices =
+                parameters.iter().filter(|parameter| parameter.decay).map(|parameter| parameter.name.as_str());
+            reduced = drop_path.insert(&reduced, &matrices.collect())?;
+        }
         let (mut gradients, heads) = loss::attach(&reduced, &request.loss, request.output.as_deref())?;
         let reached = differentiate(&mut gradients, &parameters)?;
         for parameter in parameters.iter_mut().filter(|parameter| parameter.trainable) {
@@ -112,7 +130,10 @@ fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<HashSet<
     let mut reached = HashSet::new();
     for (parameter, value) in wrt {
         let Some(&gradient) = found.get(&value) else { continue };
-        patch.append_output(&gradient_name(&parameter.name), gradient, declared(&shapes, value, DataType::F32));
+        let name = gradient_name(&parameter.name);
+        // Parameters that act alike have one gradient; outputs are values of their own.
+        let gradient = patch.op("Identity", &name, &[gradient], &[]);
+        patch.append_output(&name, gradient, declared(&shapes, value, DataType::F32));
         reached.insert(parameter.name.clone());
     }
     (*model, _) = patch.apply(model).map_err(internal)?;
