@@ -5,7 +5,10 @@
 //! standard operators are in [`rules`], others come with their operators. A rule writes its vector-Jacobian product with
 //! [`Vjp`]; what was stretched by broadcasting is summed in one place, [`Vjp::give`].
 //!
-//! Only what the values asked for need is computed, and equal nodes are written once.
+//! Only what the values asked for need is computed, and equal nodes are written once. Extents that are unknown when the
+//! gradients are written are read at run time.
+//!
+//! A new rule is one arm of the table in [`rules`], and a case in `tests/gradients.rs` of the root package.
 #![forbid(unsafe_code)]
 
 mod emit;
@@ -13,7 +16,7 @@ pub mod rules;
 mod vjp;
 mod walk;
 
-pub use emit::Emitter;
+pub use emit::{Emitter, Int};
 pub use vjp::Vjp;
 pub use walk::{NoGradient, gradients};
 

@@ -66,6 +66,9 @@ impl Vjp<'_, '_> {
     /// Gives the gradient of an operand that broadcasting stretched to the first result: `gradient` has the extents of
     /// the result.
     pub fn give_broadcast(&mut self, slot: usize, gradient: ValueId) -> Result<(), Undefined> {
+        if !self.wants(slot) {
+            return Ok(());
+        }
         let (x, y) = (self.x(slot)?, self.y(0)?);
         let from = self.dims(y)?;
         let gradient = self.sum_to(gradient, from, x)?;
@@ -83,11 +86,18 @@ impl Vjp<'_, '_> {
             .ok_or_else(|| Undefined(format!("it has no axis {axis}")))
     }
 
+    /// The node's operator on the same operands with the same attributes, with all of its first `results` results.
+    pub fn again(&mut self, results: usize) -> Vec<ValueId> {
+        let attributes: Vec<_> =
+            self.node.attributes.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        self.emit.call(self.node.op.clone(), &self.node.inputs, &attributes, results)
+    }
+
     /// The integers of operand `slot`, which must be constant.
     pub fn int_operand(&self, slot: usize) -> Result<Vec<i64>, Undefined> {
         let ints = self.shapes.ints(self.x(slot)?);
         let known = ints.and_then(|ints| ints.iter().map(vitrim_ir::Expr::as_known).collect());
-        known.ok_or_else(|| Undefined(format!("operand {slot} is known only at run time")))
+        known.ok_or_else(|| Undefined(format!("operand {slot} is known only at run time: make it constant")))
     }
 
     /// The axes of a reduction, counted from the front: operand 1 or attribute `axes`; all where it names none.
@@ -105,8 +115,9 @@ impl Vjp<'_, '_> {
         let axes = axes.into_iter().map(|axis| if axis < 0 { axis + rank } else { axis });
         let mut axes: Vec<i64> = axes.collect();
         axes.sort_unstable();
+        axes.dedup();
         if axes.iter().any(|&axis| axis < 0 || axis >= rank) {
-            return Err("it reduces an axis that it does not have".into());
+            return Err("it reduces an axis that its operand does not have".into());
         }
         Ok(axes)
     }

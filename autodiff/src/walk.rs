@@ -83,16 +83,21 @@ pub fn gradients(
     Ok(found)
 }
 
-/// The values in floating point that depend on `wrt` in a way that gradients can pass.
+/// The values that depend on `wrt` in a way that gradients can pass, or in one that is not known: floats, and all that an
+/// operator without a rule gives. What it gives in integers may become floats again, and is not to be lost in silence.
 fn active(emit: &Emitter<'_>, wrt: &[ValueId], rules: &dyn Fn(&OpType) -> Rule) -> HashSet<ValueId> {
-    let mut active: HashSet<ValueId> = wrt.iter().copied().collect();
+    let is_float = |value: &ValueId| emit.shapes.dtype(*value).is_none_or(|dtype| dtype.is_float());
+    let mut active: HashSet<ValueId> = wrt.iter().copied().filter(is_float).collect();
     for (_, node) in emit.graph.nodes() {
         let reached = |node: &Node| node.dependencies().any(|value| active.contains(&value));
-        if !reached(node) || matches!(rules(&node.op), Rule::Zero) {
+        if !reached(node) {
             continue;
         }
-        let floats = node.results().filter(|&result| emit.shapes.dtype(result).is_none_or(|dtype| dtype.is_float()));
-        active.extend(floats.collect::<Vec<_>>());
+        match rules(&node.op) {
+            Rule::Zero => {}
+            Rule::Vjp(_) => active.extend(node.results().filter(is_float)),
+            Rule::Undefined(_) => active.extend(node.results()),
+        }
     }
     active
 }

@@ -1,4 +1,4 @@
-//! Fused operators, written out: what they compute in one go is differentiated piece by piece.
+//! Fused operators of ONNX Runtime, written out: what they compute in one go is differentiated piece by piece.
 
 use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
@@ -35,6 +35,10 @@ pub fn decompose(model: &Model) -> Result<Model, Refusal> {
 
 /// What stands for the results of a node, by slot; none of an operator that is not fused.
 fn written_out(emit: &mut Emitter, node: &Node) -> Result<Option<Vec<(usize, ValueId)>>, Undefined> {
+    // The standard ones have rules.
+    if node.op.domain != "com.microsoft" {
+        return Ok(None);
+    }
     let operand = |slot: usize| node.input(slot).ok_or(Undefined::from("an operand is missing"));
     if let Some(fused) = FusedAttention::of(emit.graph, node) {
         return attention(emit, node, &fused).map(|result| Some(vec![(0, result)]));
@@ -50,9 +54,6 @@ fn written_out(emit: &mut Emitter, node: &Node) -> Result<Option<Vec<(usize, Val
         let attributes = [("axis", Attribute::Int(-1)), ("epsilon", Attribute::Float(epsilon))];
         let norm = emit.call(OpType::standard(skip.norm), &inputs, &attributes, 1)[0];
         return Ok(Some(vec![(SkipNorm::NORM, norm), (SkipNorm::SUM, sum)]));
-    }
-    if node.op.domain != "com.microsoft" {
-        return Ok(None);
     }
     let x = operand(0)?;
     let dtype = emit.dtype(x)?;

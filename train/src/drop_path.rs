@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use vitrim_autodiff::{Emitter, Undefined};
+use vitrim_autodiff::{Emitter, Int, Undefined};
 use vitrim_ir::{Attribute, DataType, Graph, Model, NodeId, Patch, Shapes, Tensor, ValueId};
 use vitrim_passes::Refusal;
 
@@ -56,8 +56,8 @@ impl DropPath {
     /// The branch of each image with probability `keep`, divided by that; else zeros.
     fn draw(self, emit: &mut Emitter, branch: ValueId, keep: f64, at: usize) -> Result<ValueId, Undefined> {
         let batch = emit.extent(branch, 0)?;
-        let ones = emit.ints(&vec![1; emit.rank(branch)? - 1]);
-        let shape = emit.op_with("Concat", &[batch, ones], &[("axis", Attribute::Int(0))]);
+        let ones = vec![Int::Known(1); emit.rank(branch)? - 1];
+        let shape = emit.list(&[vec![batch], ones].concat());
         let like =
             emit.op_with("ConstantOfShape", &[shape], &[("value", Attribute::Tensor(Tensor::f32s(&[1], &[0.0])))]);
         // Draws of their own for each branch: seeds that differ.
