@@ -69,6 +69,9 @@ pub struct TrainArgs {
     /// What to do to the tokens in training, a TOML file; what is evaluated is the original model
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
+    /// Compute all tokens, also those that nothing reads
+    #[arg(long)]
+    pub keep_dead: bool,
     /// Leave residual branches out at random in training, image by image: with this probability in the last block, less
     /// in those before
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
@@ -147,7 +150,7 @@ impl TrainArgs {
         let selection = Selection { freeze: self.freeze.clone(), unfreeze: self.unfreeze.clone() };
         let rate = share("--drop-path", self.drop_path)?;
         let drop_path = (rate > 0.0).then_some(DropPath { rate, seed: self.seed });
-        Ok(Request { loss, output: self.of.clone(), selection, recipe, drop_path })
+        Ok(Request { loss, output: self.of.clone(), selection, recipe, keep_dead: self.keep_dead, drop_path })
     }
 
     fn update(&self) -> Result<Option<Update>> {

@@ -1050,8 +1050,9 @@ const LOSS_ROUNDING: f64 = 4e-7;
 fn check_model(backend: &dyn Backend, scratch: &Scratch, entry: &Entry) -> Result<(f64, Vec<String>), String> {
     let model = entry.read();
     let of = |loss| {
-        let selection = Selection::default();
-        Training::of(&model, &Request { loss, output: None, selection, recipe: Recipe::default(), drop_path: None })
+        let (selection, recipe) = (Selection::default(), Recipe::default());
+        let request = Request { loss, output: None, selection, recipe, keep_dead: false, drop_path: None };
+        Training::of(&model, &request)
     };
     let (training, by_class) = match of(Loss::CrossEntropy { label_smoothing: 0.0, soft_targets: false }) {
         Err(refusal) if refusal.to_string().contains("cross-entropy is of") => {

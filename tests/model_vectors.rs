@@ -1,140 +1,22 @@
-//! Whole models, merged and pruned, against the oracle's vectors: logits, where every token went, and token counts.
+//! Whole models, merged, pruned and expanded, against the oracle's vectors: logits, where every token went, and token counts.
 
 mod common;
 
-use std::path::PathBuf;
-
-use common::{Scratch, conclude, distance, fixtures, integers, ort, run, runtimes, vector, vector_index};
+use common::vectors::{Case, Expanding, cases, counts, files, schedule};
+use common::{Scratch, conclude, distance, integers, ort, run, runtimes, vector, vector_index};
 use ndarray::{Array2, ArrayD};
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use vitrim::runtime::Feeds;
 use vitrim::tensor::NamedTensors;
 use vitrim_ir::Model;
 use vitrim_passes::driver::{self, Options};
-use vitrim_passes::recipe::{KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
+use vitrim_passes::recipe::RSpec;
 use vitrim_passes::reduce::SOURCE_OUTPUT;
-use vitrim_passes::schedule::{CosineDecay, Schedule, keep_count};
+use vitrim_passes::schedule::{CosineDecay, Expansion, Schedule, keep_count};
 
 /// What logits (of size 2) may differ from the oracle's, in float64: float32 roundings over up to 6 blocks, which cost
 /// the oracle's own float32 run up to 1e-6, and fused kernels that approximate erf and softmax to 1e-6 in each block.
 const LOGIT_TOLERANCE: f64 = 1e-4;
-
-/// The least that merging must change logits by for a case to show anything: well above the tolerance.
-const LEAST_CHANGE: f64 = 1e-2;
-
-/// Decisions closer than this depend on the order in which a runtime adds up.
-const MARGIN: f64 = 1e-5;
-
-/// A schedule as the index spells it.
-fn schedule(spec: &Json) -> RSpec {
-    let number = |json: &Json| json.as_u64().expect("a number of tokens") as usize;
-    match spec {
-        Json::Array(list) => RSpec::PerBlock(list.iter().map(number).collect()),
-        Json::Object(line) => RSpec::Text(format!("{}:{}", number(&line["r"]), line["bend"])),
-        r => RSpec::Constant(number(r)),
-    }
-}
-
-/// A model vector.
-struct Case {
-    name: String,
-    /// The weights' letter.
-    weights: String,
-    recipe: Recipe,
-    /// Whether token counts are known only at run time.
-    dialled: bool,
-    json: Json,
-}
-
-impl Case {
-    /// The same pruning in a file for every share, of which this one is the default.
-    fn dialled(self) -> Self {
-        let [PassSpec::Prune(spec)] = &self.recipe.passes[..] else { panic!("{} is no pruning", self.name) };
-        let (share, at) = match (&spec.keep, &spec.at) {
-            (KeepSpec::Constant(share), Some(at)) => (*share, at.clone()),
-            (KeepSpec::PerBlock(shares), _) => {
-                let at: Vec<usize> = (0..shares.len()).filter(|&block| shares[block] < 1.0).collect();
-                let share = shares[*at.first().expect("a block that prunes")];
-                assert!(at.iter().all(|&block| shares[block] == share), "{} keeps several shares", self.name);
-                (share, at)
-            }
-            _ => panic!("{} does not say where to prune", self.name),
-        };
-        let keep = KeepSpec::Constant(share);
-        let spec = PruneSpec { keep, at: Some(at), runtime_keep: true, ..spec.clone() };
-        Self { recipe: Recipe { passes: vec![PassSpec::Prune(spec)] }, dialled: true, ..self }
-    }
-}
-
-/// The vectors of these methods.
-fn cases(methods: &[&str]) -> Vec<Case> {
-    let index = vector_index();
-    let models = index["models"].as_array().expect("the index has models");
-    let chosen =
-        models.iter().filter(|model| model["method"]["name"].as_str().is_some_and(|name| methods.contains(&name)));
-    let case = |json: &Json| {
-        let name = json["file"].as_str().expect("a file").to_owned();
-        assert!(json["margin"].as_f64().is_some_and(|margin| margin > MARGIN), "{name} is too close to call");
-        assert!(json["change_by_method"].as_f64().is_some_and(|change| change > LEAST_CHANGE), "{name} shows nothing");
-        let file = json["weights"].as_str().expect("a weights file");
-        let weights = file.trim_start_matches("weights_").trim_end_matches(".npz").to_owned();
-        let passes = match json["method"]["name"].as_str() {
-            Some("tome") => vec![PassSpec::Merge(merging(json, &index["weights"][&weights]["arch"]))],
-            Some("mixed") => mixture(json),
-            _ => vec![PassSpec::Prune(pruning(&json["method"]))],
-        };
-        Case { name, weights, recipe: Recipe { passes }, dialled: false, json: json.clone() }
-    };
-    chosen.map(case).collect()
-}
-
-fn merging(json: &Json, arch: &Json) -> MergeSpec {
-    let method = &json["method"];
-    // Without `protected` the oracle protects what the paper protects: class and distillation token.
-    let paper = 1 + arch["dist"].as_u64().unwrap_or(0);
-    let registers = arch["reg"].as_u64().unwrap_or(0) > 0;
-    let protect = method["protected"].as_u64().or(registers.then_some(paper));
-    MergeSpec {
-        r: Some(schedule(&method["schedule"])),
-        proportional: method["prop_attn"].as_bool(),
-        plain_pooling: json["config"]["pool"] == "avg",
-        protect: protect.map(|count| count as usize),
-        trace_source: true,
-        ..MergeSpec::default()
-    }
-}
-
-fn pruning(method: &Json) -> PruneSpec {
-    let share = |json: &Json| json.as_f64().expect("a share");
-    let (keep, at) = match method["keep_rates"].as_array() {
-        Some(rates) => (KeepSpec::PerBlock(rates.iter().map(share).collect()), None),
-        None => (KeepSpec::Constant(share(&method["ratio"])), Some(counts(&method["blocks"]))),
-    };
-    let (fuse, attention_keep) = (method["fuse"].as_bool().unwrap_or(false), method["attn_ratio"].as_f64());
-    PruneSpec { keep, at, fuse, attention_keep, trace_source: true, ..PruneSpec::default() }
-}
-
-/// A pass for each act of a mixture.
-fn mixture(json: &Json) -> Vec<PassSpec> {
-    let acts = json["method"]["acts"].as_array().expect("an act, or none, for each block");
-    let pass = |(block, act): (usize, &Json)| {
-        let trace_source = true;
-        Some(match (act[0].as_str()?, &act[1]) {
-            ("merge", r) => {
-                let r = r.as_u64().expect("a number of tokens") as usize;
-                let r = Some(RSpec::PerBlock([vec![0; block], vec![r]].concat()));
-                let plain_pooling = json["config"]["pool"] == "avg";
-                PassSpec::Merge(MergeSpec { r, plain_pooling, trace_source, ..MergeSpec::default() })
-            }
-            (_, share) => {
-                let keep = KeepSpec::Constant(share.as_f64().expect("a share"));
-                let (at, fuse) = (Some(vec![block]), act[2].as_bool().expect("whether to fuse"));
-                PassSpec::Prune(PruneSpec { keep, at, fuse, trace_source, ..PruneSpec::default() })
-            }
-        })
-    };
-    acts.iter().enumerate().filter_map(pass).collect()
-}
 
 /// The slot of every original token: what the steps of a vector do, one after the other.
 fn owner(json: &Json, arrays: &NamedTensors) -> ArrayD<i64> {
@@ -154,17 +36,6 @@ fn owner(json: &Json, arrays: &NamedTensors) -> ArrayD<i64> {
         })
     };
     (1..steps).fold(assign(0), follow).into_dyn()
-}
-
-/// The files of these weights: opset 17, and others where there are any.
-fn files(weights: &str) -> Vec<PathBuf> {
-    let folder = fixtures().join("vectors");
-    let names = ["", "_op13", "_op18"].map(|variant| folder.join(format!("weights_{weights}{variant}.onnx")));
-    names.into_iter().filter(|path| path.exists()).collect()
-}
-
-fn counts(json: &Json) -> Vec<usize> {
-    json.as_array().expect("a count per block").iter().map(|count| count.as_u64().expect("a count") as usize).collect()
 }
 
 #[test]
@@ -189,6 +60,11 @@ fn models_that_are_merged_and_pruned_are_what_the_oracle_says() {
     agree("mixed", cases(&["mixed"]), &[13, 17, 18]);
 }
 
+#[test]
+fn expanded_models_are_what_the_oracle_says() {
+    agree("expanded", cases(&["toe"]), &[13, 17, 18]);
+}
+
 /// Rewrites all cases, for which there are models of these opsets, and runs them everywhere.
 fn agree(what: &str, cases: Vec<Case>, opsets_wanted: &[i64]) {
     let scratch = Scratch::new(&format!("{what}_vectors"));
@@ -198,13 +74,13 @@ fn agree(what: &str, cases: Vec<Case>, opsets_wanted: &[i64]) {
         let arrays = vector(&case.name);
         let get = |name: &str| arrays.get(name).unwrap_or_else(|| panic!("{name} is in {}", case.name));
         let feeds = Feeds::from_iter([("images".to_owned(), get("in_images").clone())]);
-        for file in files(&case.weights) {
+        for file in case.files() {
             let model = Model::read(&file).unwrap_or_else(|error| panic!("{error}"));
             let opset = model.opsets().standard();
             opsets.push(opset);
             let what = format!("{} at opset {opset}", case.name);
             for inline in [false, true] {
-                let options = Options { inline, ..Options::default() };
+                let options = Options { inline, training: true, ..Options::default() };
                 let (merged, report) = driver::rewrite(&model, &case.recipe, options)
                     .unwrap_or_else(|refusal| panic!("{what}: {refusal}"));
                 assert_eq!(merged.functions().is_empty(), inline, "{what}: functions");
@@ -304,6 +180,38 @@ fn shares_decay_as_the_oracle_says() {
         }
     }
     conclude("decaying shares", count, &failures);
+}
+
+#[test]
+fn stages_of_an_expansion_are_what_the_oracle_says() {
+    let index = vector_index();
+    let inline = index["inline"].as_array().expect("the index has inline cases");
+    let (mut count, mut failures) = (0, Vec::new());
+    for case in inline.iter().filter(|case| case["op"] == "toe.counts") {
+        let (args, expected) = (&case["args"], &case["expected"]);
+        let (patches, schedule) =
+            (args["n"].as_u64().expect("a count") as usize, Expanding::of(&args["config"]).schedule);
+        let stages = schedule.keep.len();
+        let found = json!({
+            "seeds": schedule.seeds(patches),
+            "additions": (1..=stages).map(|stage| schedule.additions(patches, stage)).collect::<Vec<_>>(),
+            "tokens": (0..=stages).map(|stage| schedule.kept(patches, stage)).collect::<Vec<_>>(),
+            "active": (0..=stages).map(|stage| schedule.is_active(stage)).collect::<Vec<_>>(),
+        });
+        count += 1;
+        if found != *expected {
+            failures.push(format!("{args}: {found}, not {expected}"));
+        }
+    }
+    for case in inline.iter().filter(|case| case["op"] == "toe.stage_of_epoch") {
+        let schedule = Expansion { epochs: counts(&case["args"]["epochs"]), ..Expansion::default() };
+        let stages: Vec<usize> = counts(&case["args"]["at"]).into_iter().map(|epoch| schedule.stage(epoch)).collect();
+        count += 1;
+        if stages != counts(&case["expected"]) {
+            failures.push(format!("{}: {stages:?}, not {}", case["args"], case["expected"]));
+        }
+    }
+    conclude("stages of expansions", count, &failures);
 }
 
 #[test]

@@ -4,14 +4,17 @@
 
 mod common;
 
+use common::expansion::{Expanded, Expanding};
 use common::ops::{Calls, Case, Expected, Reference, VALUE_TOLERANCE};
 use common::pruning::{Pruned, Pruning};
+use common::vectors;
 use common::{Scratch, conclude, distance, integers, ort, run, runtimes, try_run, vector, vector_index};
 use ndarray::{ArrayD, Axis, IxDyn};
 use serde_json::Value as Json;
 use vitrim::runtime::Feeds;
 use vitrim::tensor::{DType, NamedTensors, Tensor};
 use vitrim_ir::{Attribute, DataType, GraphBuilder, Model};
+use vitrim_passes::reduce::{Convention, Distance};
 
 /// One opset of each kind that bodies and exporters tell apart: the oldest supported, the last before axes became
 /// inputs, the first after, what newer exporters write, and the newest that ONNX Runtime loads.
@@ -760,4 +763,125 @@ fn pruning_at_its_limits_is_what_it_says() {
         })
     });
     check_prunings("pruning limits", &cases.collect::<Vec<_>>());
+}
+
+/// The expansions of the index that do anything, with what the oracle makes of them.
+fn expansions() -> Vec<(Expanding, Expanded)> {
+    let index = vector_index();
+    let units = index["units"].as_array().expect("the index has units");
+    let active = |unit: &&Json| unit["op"] == "toe.apply" && unit["params"]["active"] == true;
+    let read = |unit: &Json| {
+        let name = unit["file"].as_str().expect("a file").to_owned();
+        assert!(unit["margin"].as_f64().is_none_or(|margin| margin > MARGIN), "{name} is too close to call");
+        let (params, arrays) = (&unit["params"], vector(&name));
+        let get = |name: &str| arrays.get(name).unwrap_or_else(|| panic!("{name} is in the file")).clone();
+        let number = |key: &str| params[key].as_u64().expect("a number") as usize;
+        let (x, protect, suffix, stage) = (get("in_x"), number("prefix"), number("suffix"), number("stage"));
+        let vectors::Expanding { schedule, distance, convention } = vectors::Expanding::of(&params["config"]);
+        let tokens = x.shape()[1];
+        let patches = tokens - protect - suffix;
+        assert_eq!(schedule.kept(patches, stage) + protect + suffix, number("tokens"), "{name}");
+        let (closeness, sign) = match (distance, convention) {
+            (Distance::Cosine, _) | (Distance::Euclidean, Convention::Paper) => ("CosineSimilarity", 1),
+            (Distance::Euclidean, Convention::Code) => ("CosineSimilarity", -1),
+            (Distance::Manhattan, Convention::Paper) => ("ManhattanDistance", -1),
+            (Distance::Manhattan, Convention::Code) => ("ManhattanDistance", 1),
+        };
+        let (seeds, rounds) = (schedule.seeds(patches), schedule.additions(patches, stage).concat());
+        let feeds = Feeds::from_iter([("x".to_owned(), x)]);
+        let case = Expanding { name, tokens, protect, suffix, seeds, rounds, closeness, sign, feeds };
+        let (anchor, assign) = (integers(&get("out_anchor")), integers(&get("out_assign")));
+        (case, Expanded { y: get("out_x").to_f64(), anchor, assign })
+    };
+    units.iter().filter(active).map(read).collect()
+}
+
+/// Runs every expansion in every runtime and opset.
+fn check_expansions(what: &str, cases: &[(Expanding, Expanded)]) {
+    let scratch = Scratch::new(what);
+    let (mut count, mut failures) = (0, Vec::new());
+    for backend in runtimes() {
+        for (case, expected) in cases {
+            for opset in OPSETS {
+                let path = scratch.save("expanded", &case.model(opset));
+                count += 1;
+                let outputs = try_run(backend.as_ref(), &path, &case.feeds);
+                if let Err(reason) = outputs.and_then(|outputs| expected.check(&outputs, VALUE_TOLERANCE)) {
+                    failures.push(format!("{} in {}, opset {opset}: {reason}", case.name, backend.name()));
+                }
+            }
+        }
+    }
+    conclude(what, count, &failures);
+}
+
+#[test]
+fn expansion_is_what_the_oracle_says() {
+    let cases = expansions();
+    let of = |part: &str| cases.iter().filter(|(case, _)| case.name.contains(part)).count();
+    assert!(of("ties") >= 2 && of("man") >= 2 && of("euc") >= 1 && of("x7") >= 1, "a kind of vectors is missing");
+    for (case, expected) in &cases {
+        let plain = case.expected();
+        assert_eq!((&plain.anchor, &plain.assign), (&expected.anchor, &expected.assign), "{} in plain", case.name);
+    }
+    check_expansions("expansion", &cases);
+}
+
+#[test]
+fn expansion_at_its_limits_is_what_it_says() {
+    // Tokens, protected ones, seeds, rounds: one seed, all chosen, none added, nobody protected.
+    type Shape = (usize, [usize; 2], &'static [usize], &'static [usize]);
+    let shapes: [Shape; 5] = [
+        (9, [1, 0], &[0], &[]),
+        (9, [1, 0], &[0, 4], &[3, 3]),
+        (8, [0, 0], &[0, 3, 6], &[0, 2]),
+        (14, [2, 3], &[8, 1], &[1, 1, 1]),
+        (5, [2, 2], &[0], &[]),
+    ];
+    let cases = shapes.into_iter().flat_map(|(tokens, [protect, suffix], seeds, rounds)| {
+        let ops = [("CosineSimilarity", 1), ("CosineSimilarity", -1), ("ManhattanDistance", -1)];
+        ops.map(|(closeness, sign)| {
+            let mut x = numbers([2, tokens, 6], 5);
+            // A row of zeros is as close to all.
+            x.index_axis_mut(Axis(1), protect).fill(0.0);
+            let feeds = Feeds::from_iter([("x".to_owned(), Tensor::from_f64(DType::F32, &x))]);
+            let name =
+                format!("{tokens} tokens, {protect} and {suffix} protected, {seeds:?} + {rounds:?}, {closeness}");
+            let (seeds, rounds) = (seeds.to_vec(), rounds.to_vec());
+            let case = Expanding { name, tokens, protect, suffix, seeds, rounds, closeness, sign, feeds };
+            let expected = case.expected();
+            (case, expected)
+        })
+    });
+    check_expansions("expansion limits", &cases.collect::<Vec<_>>());
+}
+
+#[test]
+fn expansion_of_what_is_no_number_loses_no_token() {
+    let mut x = numbers([2, 12, 6], 7);
+    x.index_axis_mut(Axis(1), 5).fill(f64::NAN);
+    let feeds = Feeds::from_iter([("x".to_owned(), Tensor::from_f64(DType::F32, &x))]);
+    let (scratch, mut failures) = (Scratch::new("expansion_nan"), Vec::new());
+    let (seeds, rounds) = (vec![0, 4, 8], vec![2, 2]);
+    let name = "NaN".to_owned();
+    let case = Expanding {
+        name,
+        tokens: 12,
+        protect: 1,
+        suffix: 0,
+        seeds,
+        rounds,
+        closeness: "CosineSimilarity",
+        sign: 1,
+        feeds,
+    };
+    let expected = case.expected();
+    for backend in runtimes() {
+        let outputs = run(backend.as_ref(), &scratch.save("nan", &case.model(17)), &case.feeds);
+        let [anchor, assign] = ["anchor", "assign"].map(|name| integers(outputs.get(name).expect("an output")));
+        if (&anchor, &assign) != (&expected.anchor, &expected.assign) {
+            failures.push(format!("{}: anchor {anchor}, assign {assign}", backend.name()));
+        }
+    }
+    conclude("expansion of NaN", 3, &failures);
 }

@@ -4,12 +4,13 @@ mod common;
 
 use std::collections::HashMap;
 
-use common::{Scratch, conclude, fixtures, ort, relative, run, vector, vector_index};
+use common::vectors::Case;
+use common::{Scratch, conclude, constant, fixtures, kernels, ort, relative, run, vector, vector_index, zoo};
 use ndarray::{ArrayD, arr0};
 use vitrim::runtime::Feeds;
-use vitrim::tensor::{DType, Tensor};
+use vitrim::tensor::{DType, NamedTensors, Tensor};
 use vitrim_ir::Model;
-use vitrim_passes::recipe::Recipe;
+use vitrim_passes::recipe::{ExpandSpec, KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::Initial;
 use vitrim_train::optimizer::{Optimizer, Update};
@@ -25,60 +26,112 @@ const GRADIENT_TOLERANCE: f64 = 1e-4;
 /// norm of all of them, and of three steps.
 const STEP_TOLERANCE: f64 = 1e-4;
 
-/// Everything is trained to tell classes.
-fn request() -> Request {
+/// Everything is trained to tell classes, with these passes.
+fn request(passes: Vec<PassSpec>) -> Request {
     let loss = Loss::CrossEntropy { label_smoothing: 0.0, soft_targets: false };
-    Request { loss, output: None, selection: Selection::default(), recipe: Recipe::default(), drop_path: None }
+    Request {
+        loss,
+        output: None,
+        selection: Selection::default(),
+        recipe: Recipe { passes },
+        keep_dead: false,
+        drop_path: None,
+    }
 }
 
 #[test]
 fn gradients_are_what_the_oracle_says() {
-    let scratch = Scratch::new("gradients");
+    check(&["none"]);
+}
+
+#[test]
+fn gradients_of_merged_models_are_what_the_oracle_says() {
+    check(&["tome"]);
+}
+
+#[test]
+fn gradients_of_pruned_models_are_what_the_oracle_says() {
+    check(&["prune", "trilevel", "evit"]);
+}
+
+#[test]
+fn gradients_of_expanded_models_are_what_the_oracle_says() {
+    check(&["toe"]);
+}
+
+/// As many as are merged or kept in every block anyway, but said when the model runs.
+#[test]
+fn gradients_of_models_reduced_at_run_time_are_what_the_oracle_says() {
+    check_as(&["tome", "prune"], |pass| match pass {
+        PassSpec::Merge(spec @ MergeSpec { r: Some(RSpec::Constant(_)), .. }) => {
+            PassSpec::Merge(MergeSpec { runtime_r: true, ..spec })
+        }
+        PassSpec::Prune(spec) => PassSpec::Prune(PruneSpec { runtime_keep: true, ..spec }),
+        other => other,
+    });
+}
+
+/// The gradients of all parameters of the models that these methods were applied to, with the tokens that nothing reads
+/// and without, in ONNX Runtime with our kernels and without.
+fn check(methods: &[&str]) {
+    check_as(methods, |pass| pass);
+}
+
+/// The same for passes that say the same in another way.
+fn check_as(methods: &[&str], spelled: fn(PassSpec) -> PassSpec) {
+    let scratch = Scratch::new(&format!("gradients_{}_{spelled:p}", methods[0]));
     let index = vector_index();
-    let (mut count, mut failures) = (0, Vec::new());
+    let (mut count, mut failures, mut seen) = (0, Vec::new(), Vec::new());
     for json in index["grads"].as_array().expect("the index has gradients") {
         let name = json["file"].as_str().expect("a file");
-        if !name.contains("none") {
+        let model = json["model"].as_str().expect("a file");
+        if !methods.iter().any(|method| model.contains(method)) {
             continue;
         }
-        let (arrays, inputs) = (vector(name), vector(json["model"].as_str().expect("a model")));
-        let weights = json["weights"].as_str().expect("weights").trim_end_matches(".npz").to_owned();
-        for variant in ["", "_op13", "_op18"] {
-            let file = fixtures().join(format!("vectors/{weights}{variant}.onnx"));
-            let Ok(model) = Model::read(&file) else { continue };
-            let training = Training::of(&model, &request()).unwrap_or_else(|refusal| panic!("{name}: {refusal}"));
-            let mut feeds = Feeds::default();
-            feeds.push("images", inputs.get("in_images").expect("images").clone());
-            feeds.push("labels", Tensor::from_f64(DType::I64, &arrays.get("labels").expect("labels").to_f64()));
-            for parameter in &training.parameters {
-                feeds.push(parameter.name.clone(), initial(parameter));
-            }
-            let path = scratch.save_as("gradients", &training.gradients, &file);
-            let outputs = run(ort().as_ref(), &path, &feeds);
-            for parameter in &training.parameters {
-                let expected = arrays.get(&format!("grad.{}", parameter.name));
-                let expected =
-                    expected.unwrap_or_else(|| panic!("{name}: '{}' is a parameter", parameter.name)).to_f64();
-                // The files have the matrices of products the other way round.
-                let expected = match parameter.tensor.dims().len() {
-                    2 => expected.reversed_axes(),
-                    _ => expected,
-                };
-                let expected = Tensor::from_f64(DType::F64, &expected.as_standard_layout().into_owned());
-                let gradient = outputs.get(&gradient_name(&parameter.name)).expect("an output");
-                let apart = relative(&expected, gradient);
-                count += 1;
-                if apart > GRADIENT_TOLERANCE {
-                    failures.push(format!("{name}{variant}: {} {apart:e} off", parameter.name));
+        let mut case = Case::named(model, &index, false);
+        case.recipe.passes = case.recipe.passes.into_iter().map(spelled).collect();
+        let method = case.json["method"]["name"].as_str().expect("a method").to_owned();
+        seen.push(method);
+        let (arrays, inputs) = (vector(name), vector(&case.name));
+        for file in case.files() {
+            let model = Model::read(&file).unwrap_or_else(|error| panic!("{error}"));
+            for keep_dead in [true, false] {
+                let what = format!("{name} of {}, dead tokens {keep_dead}", file.display());
+                let request = Request { keep_dead, ..request(case.recipe.passes.clone()) };
+                let graph = Training::of(&model, &request).unwrap_or_else(|reason| panic!("{what}: {reason}"));
+                let feeds = feeds(&graph, &arrays, &inputs);
+                let path = scratch.save_as("gradients", &graph.gradients, &file);
+                for backend in [ort(), kernels()] {
+                    let outputs = run(backend.as_ref(), &path, &feeds);
+                    for parameter in &graph.parameters {
+                        let gradient = outputs.get(&gradient_name(&parameter.name)).expect("an output");
+                        let apart = relative(&expected(parameter, &arrays), gradient);
+                        count += 1;
+                        if apart > GRADIENT_TOLERANCE {
+                            failures.push(format!("{what} in {}: {} {apart:e} off", backend.name(), parameter.name));
+                        }
+                    }
                 }
-            }
-            let all = arrays.names().filter(|name| name.starts_with("grad.")).count();
-            if all != training.parameters.len() {
-                failures.push(format!("{name}{variant}: {} of {all} parameters", training.parameters.len()));
+                let all = arrays.names().filter(|name| name.starts_with("grad.")).count();
+                if all != graph.parameters.len() {
+                    failures.push(format!("{what}: {} of {all} parameters", graph.parameters.len()));
+                }
             }
         }
     }
+    assert!(methods.iter().all(|&method| seen.iter().any(|seen| seen == method)), "a method is missing: {seen:?}");
     conclude("gradients", count, &failures);
+}
+
+/// Images, labels, and the parameters as they begin.
+fn feeds(graph: &Training, arrays: &NamedTensors, inputs: &NamedTensors) -> Feeds {
+    let mut feeds = Feeds::default();
+    feeds.push("images", inputs.get("in_images").expect("images").clone());
+    feeds.push("labels", Tensor::from_f64(DType::I64, &arrays.get("labels").expect("labels").to_f64()));
+    for parameter in &graph.parameters {
+        feeds.push(parameter.name.clone(), initial(parameter));
+    }
+    feeds
 }
 
 /// The elements that a parameter begins with.
@@ -86,6 +139,53 @@ fn initial(parameter: &Parameter) -> Tensor {
     let dims: Vec<usize> = parameter.tensor.dims().iter().map(|&extent| extent as usize).collect();
     let elements = parameter.tensor.to_f64s().expect("floats").into_owned();
     Tensor::from_f64(DType::F32, &ArrayD::from_shape_vec(dims, elements).expect("as many as its extents say"))
+}
+
+/// The gradient of a parameter as the oracle has it.
+fn expected(parameter: &Parameter, arrays: &NamedTensors) -> Tensor {
+    let expected = arrays.get(&format!("grad.{}", parameter.name));
+    let expected = expected.unwrap_or_else(|| panic!("'{}' is a parameter", parameter.name)).to_f64();
+    // The files have the matrices of products the other way round.
+    let expected = match parameter.tensor.dims().len() {
+        2 => expected.reversed_axes(),
+        _ => expected,
+    };
+    Tensor::from_f64(DType::F64, &expected.as_standard_layout().into_owned())
+}
+
+/// Of the models of the zoo that have gradients as they are, for as many parameters.
+#[test]
+fn what_has_gradients_has_them_reduced() {
+    let prune = |fuse| PruneSpec { keep: KeepSpec::Constant(0.7), at: Some(vec![0]), fuse, ..PruneSpec::default() };
+    let passes = [
+        PassSpec::Merge(constant(2)),
+        PassSpec::Prune(prune(false)),
+        PassSpec::Prune(prune(true)),
+        PassSpec::Prune(PruneSpec { attention_keep: Some(0.5), ..prune(false) }),
+        PassSpec::Expand(ExpandSpec { stage: Some(1), ..ExpandSpec::default() }),
+    ];
+    let (mut count, mut failures) = (0, Vec::new());
+    for entry in zoo() {
+        let trained = |training: &Training| training.parameters.iter().filter(|parameter| parameter.trainable).count();
+        let Ok(plain) = Training::of(&entry.read(), &request(Vec::new())) else { continue };
+        for pass in &passes {
+            let reduced = Training::of(&entry.read(), &request(vec![pass.clone()]));
+            count += 1;
+            match reduced {
+                Ok(graph) if trained(&graph) == trained(&plain) => {}
+                Ok(graph) => {
+                    let (found, all) = (trained(&graph), trained(&plain));
+                    failures.push(format!("{}, {pass:?}: {found} of {all} parameters", entry.name));
+                }
+                Err(refusal) if refusal.to_string().contains("no gradient") => {
+                    failures.push(format!("{}, {pass:?}: {refusal}", entry.name));
+                }
+                // The pass itself does not fit the model.
+                Err(_) => count -= 1,
+            }
+        }
+    }
+    conclude("reduced models with gradients", count, &failures);
 }
 
 /// Three steps with everything on, against the same arithmetic in float64 on the gradients that the graph without an
@@ -107,7 +207,7 @@ fn steps_follow_the_gradients() {
     for optimizer in [adam, Optimizer::Sgd { momentum, weight_decay }] {
         let adam = matches!(optimizer, Optimizer::AdamW { .. });
         let update = Update { optimizer, clip: Some(clip), ema: Some(kept), accumulate: true };
-        let training = || Training::of(&model, &request()).expect("it can be trained");
+        let training = || Training::of(&model, &request(Vec::new())).expect("it can be trained");
         let alone = stock(training(), None).expect("gradients");
         let whole = stock(training(), Some(&update)).expect("steps");
         let file_of = |graphs: &[(&str, Model)], name: &str| {

@@ -232,6 +232,14 @@ impl<'p> Emitter<'p> {
         self.op("Range", &[zero, end, one])
     }
 
+    /// The positions along an axis of a value of the graph: 0, 1, … `[extent]`.
+    pub fn positions(&mut self, value: ValueId, axis: usize) -> Result<ValueId, Undefined> {
+        Ok(match self.extent(value, axis)? {
+            Int::Known(extent) => self.ints(&(0..extent).collect::<Vec<_>>()),
+            extent => self.range(extent),
+        })
+    }
+
     /// The extents of a value of the graph, `[rank]`.
     pub fn shape(&mut self, value: ValueId) -> ValueId {
         let known = |dims: &[Expr]| dims.iter().map(Expr::as_known).collect::<Option<Vec<i64>>>();

@@ -25,6 +25,8 @@ pub use walk::{NoGradient, gradients};
 pub enum Rule {
     /// By its vector-Jacobian product.
     Vjp(fn(&mut Vjp<'_, '_>) -> Result<(), Undefined>),
+    /// By the vector-Jacobian product of its first result; the others are constant almost everywhere.
+    First(fn(&mut Vjp<'_, '_>) -> Result<(), Undefined>),
     /// Not at all: its results are constant almost everywhere, or no numbers.
     Zero,
     /// In no way that is known, and why.

@@ -45,7 +45,7 @@ pub fn gradients(
         let rule = match rules(&node.op) {
             Rule::Zero => continue,
             Rule::Undefined(reason) => Err(reason),
-            Rule::Vjp(rule) => Ok(rule),
+            Rule::Vjp(rule) | Rule::First(rule) => Ok(rule),
         };
         let mut dys = Vec::with_capacity(node.outputs.len());
         for &result in &node.outputs {
@@ -95,6 +95,7 @@ fn active(emit: &Emitter<'_>, wrt: &[ValueId], rules: &dyn Fn(&OpType) -> Rule) 
         }
         match rules(&node.op) {
             Rule::Zero => {}
+            Rule::First(_) => active.extend(node.output(0).filter(is_float)),
             Rule::Vjp(_) => active.extend(node.results().filter(is_float)),
             Rule::Undefined(_) => active.extend(node.results()),
         }

@@ -119,6 +119,16 @@ impl Body {
         self.op_with("ReduceSum", hint, &[value, axes], &[("keepdims", Attribute::Int(1))])
     }
 
+    /// Rows of length one; those of zeros stay as they are.
+    pub fn unit_rows(&mut self, x: ValueId) -> ValueId {
+        let squares = self.op("Mul", "squares", &[x, x]);
+        let norm = self.sum_last(squares, "norm_squared");
+        let norm = self.op("Sqrt", "norm", &[norm]);
+        let tiny = self.float("tiny", 1e-12);
+        let norm = self.op("Max", "norm_guarded", &[norm, tiny]);
+        self.op("Div", "unit", &[x, norm])
+    }
+
     /// The largest entry along the last axis, which goes away.
     pub fn max_last(&mut self, value: ValueId, hint: &str) -> ValueId {
         let largest = self.reduce("ReduceMax", value, &[-1], 1, &format!("{hint}_kept"));

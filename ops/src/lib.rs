@@ -7,8 +7,9 @@
 //! each slot keeps the place of (−1 for a slot made from scratch), `assign` `[B, N]` the slot of each token (−1 for one
 //! that is dropped).
 //!
-//! In each folder: `mod.rs` says what the operator is, `body.rs` means it (feature `bodies`), `cpu.rs` and `cuda.rs` are
-//! kernels (features `cpu`, `cuda`).
+//! In each folder: `mod.rs` says what the operator is, `body.rs` means it (feature `bodies`), `gradient.rs` says how
+//! gradients pass it (feature `gradients`; `gradient.rs` beside the folders lists them), `cpu.rs` and `cuda.rs` are kernels
+//! (features `cpu`, `cuda`).
 #![deny(unsafe_code)]
 
 pub mod adam_w;
@@ -20,14 +21,19 @@ pub mod connection_mask;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "gradients")]
+mod gradient;
 mod heads;
 pub mod masked_softmax;
+pub mod token_absorb;
 pub mod token_assign;
+pub mod token_expand;
 pub mod token_mean;
 pub mod token_merge;
 pub mod token_prune;
 pub mod token_restore;
 pub mod token_score;
+pub mod token_similarity;
 pub mod token_size;
 
 #[cfg(feature = "bodies")]
@@ -39,15 +45,20 @@ pub use self::{
     attention::{Attention, ProportionalAttention},
     connection_mask::{ConnectionMask, ConnectionMaskDynamic},
     masked_softmax::MaskedSoftmax,
+    token_absorb::TokenAbsorb,
     token_assign::TokenAssign,
+    token_expand::TokenExpand,
     token_mean::TokenMean,
     token_merge::{TokenMerge, TokenMergeDynamic},
     token_prune::{TokenPrune, TokenPruneDynamic},
     token_restore::TokenRestore,
     token_score::TokenScore,
+    token_similarity::{CosineSimilarity, ManhattanDistance},
     token_size::TokenSize,
 };
 
+#[cfg(feature = "gradients")]
+pub use self::gradient::gradient_rule;
 pub use self::heads::Heads;
 
 /// The operators' domain.
@@ -90,4 +101,8 @@ pub static DEFS: &[&dyn OpDef] = &[
     &TokenPrune,
     &TokenPruneDynamic,
     &AdamW,
+    &CosineSimilarity,
+    &ManhattanDistance,
+    &TokenExpand,
+    &TokenAbsorb,
 ];

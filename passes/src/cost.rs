@@ -27,18 +27,19 @@ impl Cost {
 pub fn cost(model: &Model, vit: &VitModel, steps: &[Step]) -> Option<Cost> {
     let graph = model.graph();
     let tokens = vit.tokens().as_known()?;
-    // Tokens behind each cut; a node is behind a cut if it comes after it and carries tokens.
+    // Tokens behind each cut, and as each block begins; a node is behind a cut if it comes after it and carries tokens.
     let cuts: Vec<_> = vit.blocks.iter().map(|block| block.cut).collect();
+    let entries: Vec<_> = vit.blocks.iter().map(|block| block.entry).collect();
     let mut count_of: std::collections::HashMap<ValueId, i64> = std::collections::HashMap::new();
     count_of.insert(vit.axes.origin(), tokens);
     let mut flops = 0u64;
     for (id, node) in graph.nodes() {
         let count = node.operands().filter_map(|value| count_of.get(&value).copied()).min().unwrap_or(tokens);
         flops = flops.checked_add(self::flops(graph, node, &|value| extents(vit, value, count))?)?;
-        let after = match cuts.iter().position(|&cut| cut == id) {
-            Some(block) => steps.get(block).map_or(count, |step| step.after() as i64),
-            None => count,
-        };
+        let entered = entries.iter().position(|&entry| entry == Some(id)).and_then(|block| steps.get(block));
+        let cut = cuts.iter().position(|&cut| cut == id).and_then(|block| steps.get(block));
+        let after =
+            entered.map(|step| step.before).or(cut.map(|step| step.after())).map_or(count, |after| after as i64);
         count_of.extend(node.results().filter(|&value| vit.axes.carries(value)).map(|value| (value, after)));
     }
     Some(Cost { flops })

@@ -50,6 +50,8 @@ pub struct Options {
     pub sliced: bool,
     /// Compute all tokens, also those that nothing reads.
     pub keep_dead: bool,
+    /// The model is to be trained: passes that act in training alone are allowed.
+    pub training: bool,
 }
 
 /// What was done.
@@ -115,6 +117,12 @@ pub fn rewrite(model: &Model, recipe: &Recipe, options: Options) -> Result<(Mode
         return Err(Refusal::Request(format!(
             "this model was rewritten before (by vitrim {version}); rewrite the original, or pass --force"
         )));
+    }
+    if !options.training && recipe.passes.iter().any(PassSpec::only_trains) {
+        return Err(Refusal::Request(
+            "expansion acts in training alone: for inference the model stays as it is; leave kind = \"expand\" out"
+                .into(),
+        ));
     }
     let (mut original, mut notes) = prepare(model)?;
     // What is given at run time is an input that may be left out.

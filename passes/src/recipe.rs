@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use crate::Refusal;
-use crate::reduce::{Merge, Method, Metric, Prune};
-use crate::schedule::{KeepSchedule, Schedule};
+use crate::reduce::{Convention, Distance, Expand, Merge, Method, Metric, Prune};
+use crate::schedule::{Expansion, KeepSchedule, Schedule};
 
 /// Passes in order. Without any, dead tokens alone are eliminated.
 #[derive(Clone, Debug, PartialEq, Default, Serialize, Deserialize)]
@@ -23,6 +23,8 @@ pub enum PassSpec {
     Merge(MergeSpec),
     /// Token pruning.
     Prune(PruneSpec),
+    /// Token expansion; in training alone.
+    Expand(ExpandSpec),
 }
 
 impl PassSpec {
@@ -31,6 +33,7 @@ impl PassSpec {
         match self {
             Self::Merge(spec) => spec.tower.as_deref(),
             Self::Prune(spec) => spec.tower.as_deref(),
+            Self::Expand(spec) => spec.tower.as_deref(),
         }
     }
 
@@ -39,6 +42,7 @@ impl PassSpec {
         match self {
             Self::Merge(spec) => spec.trace_source,
             Self::Prune(spec) => spec.trace_source,
+            Self::Expand(spec) => spec.trace_source,
         }
     }
 
@@ -47,7 +51,13 @@ impl PassSpec {
         match self {
             Self::Merge(spec) => spec.runtime_r,
             Self::Prune(spec) => spec.runtime_keep,
+            Self::Expand(_) => false,
         }
+    }
+
+    /// Whether it is for training alone.
+    pub fn only_trains(&self) -> bool {
+        matches!(self, Self::Expand(_))
     }
 
     /// The method, for a model of `tokens` tokens in half precision or not.
@@ -55,6 +65,7 @@ impl PassSpec {
         match self {
             Self::Merge(spec) => spec.resolve(tokens, half).map(Method::Merge),
             Self::Prune(spec) => spec.resolve().map(Method::Prune),
+            Self::Expand(spec) => spec.resolve().map(Method::Expand),
         }
     }
 }
@@ -122,6 +133,42 @@ pub struct PruneSpec {
     /// Whether to add the output `token_source`; `token_source/NAME` for each tower of a model with several.
     #[serde(default, skip_serializing_if = "is_false")]
     pub trace_source: bool,
+}
+
+/// `kind = "expand"`. Every key but `stage` has the default of the paper.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExpandSpec {
+    /// Which tower of a model with several; every one that allows it where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tower: Option<String>,
+    /// The first epoch of each stage.
+    pub epochs: Vec<usize>,
+    /// The share of the patches that each stage keeps.
+    pub keep: Vec<f64>,
+    /// The share that expansion begins with.
+    pub seed_rate: f64,
+    /// Rounds in which each stage adds patches.
+    pub repeats: usize,
+    /// How far patches are from each other.
+    pub distance: Distance,
+    /// What of the distance is near; what the paper says where not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub convention: Option<Convention>,
+    /// The stage, from 1 on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stage: Option<usize>,
+    /// Whether to add the output `token_source`; `token_source/NAME` for each tower of a model with several.
+    #[serde(skip_serializing_if = "is_false")]
+    pub trace_source: bool,
+}
+
+impl Default for ExpandSpec {
+    fn default() -> Self {
+        let Expansion { epochs, keep, seed_rate, repeats } = Expansion::default();
+        let (distance, trace_source) = (Distance::default(), false);
+        Self { tower: None, epochs, keep, seed_rate, repeats, distance, convention: None, stage: None, trace_source }
+    }
 }
 
 /// Shares to keep in their two spellings.
@@ -278,9 +325,45 @@ impl PruneSpec {
     }
 }
 
+impl ExpandSpec {
+    /// The course of the training.
+    pub fn schedule(&self) -> Result<Expansion, Refusal> {
+        let Self { epochs, keep, seed_rate, repeats, .. } = self.clone();
+        let schedule = Expansion { epochs, keep, seed_rate, repeats };
+        schedule.check()?;
+        Ok(schedule)
+    }
+
+    /// The method.
+    pub fn resolve(&self) -> Result<Expand, Refusal> {
+        let schedule = self.schedule()?;
+        let stages = schedule.keep.len();
+        let Some(stage) = self.stage.filter(|&stage| (1..=stages).contains(&stage)) else {
+            return Err(Refusal::Request(format!("a graph expands as one stage does: give stage, from 1 to {stages}")));
+        };
+        Ok(Expand { schedule, stage, distance: self.distance, convention: self.convention.unwrap_or_default() })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_expansion_has_the_defaults_of_the_paper() {
+        let recipe = Recipe::parse("[[pass]]\nkind = \"expand\"\nstage = 2\ndistance = \"manhattan\"").unwrap();
+        let PassSpec::Expand(spec) = &recipe.passes[0] else { panic!("an expansion") };
+        let expand = spec.resolve().unwrap();
+        assert_eq!(expand.schedule, Expansion::default());
+        assert_eq!((expand.stage, expand.convention), (2, Convention::Paper));
+        assert_eq!(Recipe::parse(&recipe.to_toml()).unwrap(), recipe);
+        let refused = |spec: ExpandSpec| spec.resolve().unwrap_err().to_string();
+        assert!(refused(ExpandSpec::default()).contains("from 1 to 3"));
+        assert!(refused(ExpandSpec { stage: Some(4), ..ExpandSpec::default() }).contains("from 1 to 3"));
+        let falling = ExpandSpec { keep: vec![0.5, 0.4, 1.0], stage: Some(1), ..ExpandSpec::default() };
+        assert!(refused(falling).contains("rise"));
+        assert!(refused(ExpandSpec { seed_rate: f64::NAN, ..ExpandSpec::default() }).contains("above 0"));
+    }
 
     #[test]
     fn a_recipe_survives_being_stored() {

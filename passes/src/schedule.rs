@@ -225,6 +225,94 @@ impl CosineDecay {
     }
 }
 
+/// Token expansion in the course of a training (ToE, arXiv 2404.00672): each stage keeps more of the patches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Expansion {
+    /// The first epoch of each stage.
+    pub epochs: Vec<usize>,
+    /// The share of the patches that each stage keeps.
+    pub keep: Vec<f64>,
+    /// The share that expansion begins with.
+    pub seed_rate: f64,
+    /// Rounds in which each stage adds patches.
+    pub repeats: usize,
+}
+
+impl Default for Expansion {
+    /// As in the paper.
+    fn default() -> Self {
+        Self { epochs: vec![0, 100, 200], keep: vec![0.5, 0.75, 1.0], seed_rate: 0.25, repeats: 2 }
+    }
+}
+
+impl Expansion {
+    /// Refuses shares that do not rise from more than 0 to 1 at most, and stages that do not follow each other.
+    pub fn check(&self) -> Result<(), Refusal> {
+        let refuse = |what: &str| Err(Refusal::Request(format!("the expansion is not possible: {what}")));
+        let shares: Vec<f64> = std::iter::once(self.seed_rate).chain(self.keep.iter().copied()).collect();
+        if self.keep.len() != self.epochs.len() || self.keep.is_empty() {
+            return refuse("epochs and keep must name as many stages, one at least");
+        }
+        if !(shares[0] > 0.0 && shares.is_sorted() && shares[shares.len() - 1] <= 1.0) {
+            return refuse("seed_rate must be above 0, and the shares of keep rise from it to 1 at most");
+        }
+        if !self.epochs.windows(2).all(|pair| pair[0] < pair[1]) {
+            return refuse("each stage must begin after the one before");
+        }
+        match self.repeats {
+            0 => refuse("repeats must be 1 or more"),
+            _ => Ok(()),
+        }
+    }
+
+    /// The stage that an epoch is in, from 1 on; 0 before the first.
+    pub fn stage(&self, epoch: usize) -> usize {
+        self.epochs.partition_point(|&first| first <= epoch)
+    }
+
+    /// Whether anything happens in a stage. Not where the last one keeps everything: then not even the order changes.
+    pub fn is_active(&self, stage: usize) -> bool {
+        stage > 0 && !(stage == self.epochs.len() && self.keep.last() == Some(&1.0))
+    }
+
+    /// The patches that expansion begins with: every ⌊1 / seed rate⌋-th, the quotient as Python's `//` rounds it (9 for
+    /// 0.1), and no more than the share.
+    pub fn seeds(&self, patches: usize) -> Vec<usize> {
+        let step = ((1.0 - 1.0 % self.seed_rate) / self.seed_rate).round() as usize;
+        let count = (patches as f64 * self.seed_rate) as usize;
+        (0..patches).step_by(step.max(1)).take(count).collect()
+    }
+
+    /// How many patches each round of each stage up to `stage` adds. Every stage is rounded down by itself; the last of all
+    /// makes up for that. Its last round takes what is left over of a stage.
+    pub fn additions(&self, patches: usize, stage: usize) -> Vec<Vec<usize>> {
+        let share = |share: f64| (patches as f64 * share) as usize;
+        let before = std::iter::once(&self.seed_rate).chain(&self.keep);
+        let increments: Vec<f64> = self.keep.iter().zip(before).map(|(after, before)| after - before).collect();
+        let of_stage = |stage: usize| {
+            let total = if stage == self.keep.len() {
+                let so_far = self.seed_rate + increments[..stage - 1].iter().sum::<f64>();
+                share(self.keep[stage - 1]).saturating_sub(share(so_far))
+            } else {
+                share(increments[stage - 1])
+            };
+            let each = total / self.repeats;
+            let mut rounds = vec![each; self.repeats];
+            rounds[self.repeats - 1] = total - (self.repeats - 1) * each;
+            rounds
+        };
+        (1..=stage.min(self.keep.len())).map(of_stage).collect()
+    }
+
+    /// How many of the patches a stage keeps.
+    pub fn kept(&self, patches: usize, stage: usize) -> usize {
+        match self.is_active(stage) {
+            true => self.seeds(patches).len() + self.additions(patches, stage).into_iter().flatten().sum::<usize>(),
+            false => patches,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,8 +3,10 @@
 // Every test file is a crate of its own and uses its part of this.
 #![allow(dead_code)]
 
+pub mod expansion;
 pub mod ops;
 pub mod pruning;
+pub mod vectors;
 
 use std::path::{Path, PathBuf};
 

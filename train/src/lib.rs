@@ -15,8 +15,9 @@ pub mod weights;
 
 use std::collections::{HashMap, HashSet};
 
-use vitrim_autodiff::{Emitter, gradients, rules};
-use vitrim_ir::{DataType, Model, Patch, Shapes, ValueId};
+use vitrim_autodiff::{Emitter, Rule, gradients, rules};
+use vitrim_ir::{DataType, Model, OpType, Patch, Shapes, ValueId, inline_functions};
+use vitrim_ops::gradient_rule;
 use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, FUNCTIONS_SINCE, Options, Report};
 use vitrim_passes::recipe::Recipe;
@@ -37,6 +38,8 @@ pub struct Request {
     pub selection: Selection,
     /// What is done to the tokens in training. The model that is evaluated is the original.
     pub recipe: Recipe,
+    /// Whether to compute tokens in training that nothing reads.
+    pub keep_dead: bool,
     /// Stochastic depth in training, where wanted.
     pub drop_path: Option<DropPath>,
 }
@@ -84,12 +87,16 @@ impl Training {
             )));
         }
         request.selection.apply(&mut parameters)?;
-        let (reduced, report) = match request.recipe.passes.is_empty() {
-            true => (model.clone(), Report::default()),
-            false => driver::rewrite(&model, &request.recipe, Options::default())?,
+        let options = Options { training: true, force: true, keep_dead: request.keep_dead, ..Options::default() };
+        let (mut reduced, report) = match driver::rewrite(&model, &request.recipe, options) {
+            // It trains all the same, whatever it is.
+            Err(Refusal::NotAVit(_)) if request.recipe.passes.is_empty() => (model.clone(), Report::default()),
+            reduced => reduced?,
         };
         notes.extend(report.notes.iter().cloned());
-
+        // What has no rule of its own is differentiated by way of its body.
+        inline_functions(&mut reduced, |op| gradient_rule(op).is_none())
+            .map_err(|error| Refusal::Request(error.to_string()))?;
         let mut reduced = decompose(&reduced)?;
         if let Some(drop_path) = request.drop_path {
             let matrices =
@@ -110,6 +117,11 @@ impl Training {
     }
 }
 
+/// How gradients pass an operator: one of ours, or of the standard set.
+fn rule(op: &OpType) -> Rule {
+    gradient_rule(op).unwrap_or_else(|| rules::standard(op))
+}
+
 /// Adds the gradients of the first output as further outputs. Gives the parameters that have one.
 fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<HashSet<String>, Refusal> {
     let shapes = Shapes::infer(model);
@@ -125,7 +137,7 @@ fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<HashSet<
     let mut emit = Emitter::new(model, &shapes, &mut patch);
     let one = emit.number(DataType::F32, 1.0);
     let values: Vec<ValueId> = wrt.iter().map(|&(_, value)| value).collect();
-    let found = gradients(&mut emit, &[(graph.outputs()[0], one)], &values, &rules::standard)
+    let found = gradients(&mut emit, &[(graph.outputs()[0], one)], &values, &rule)
         .map_err(|error| Refusal::Request(error.to_string()))?;
     let mut reached = HashSet::new();
     for (parameter, value) in wrt {

@@ -61,6 +61,10 @@ pub(super) fn mean(vjp: &mut Vjp) -> Done {
 
 pub(super) fn sub(vjp: &mut Vjp) -> Done {
     let dy = vjp.dy()?;
+    if vjp.x(0)? == vjp.x(1)? {
+        // Zero, whatever it is of.
+        return Ok(());
+    }
     if vjp.wants(0) {
         vjp.give_broadcast(0, dy)?;
     }

@@ -85,13 +85,7 @@ fn merge(body: &mut Body, operands: &Operands, tokens: ValueId, r: ValueId) -> [
     let left = body.op("Add", "range_a_up", &[left, one]);
     let count_a = body.op("Div", "count_a", &[left, two]);
 
-    // Unit rows, guarded against rows of zeros.
-    let squares = body.op("Mul", "squares", &[metric, metric]);
-    let norm = body.sum_last(squares, "norm_squared");
-    let norm = body.op("Sqrt", "norm", &[norm]);
-    let tiny = body.float("tiny", 1e-12);
-    let norm = body.op("Max", "norm_guarded", &[norm, tiny]);
-    let unit = body.op("Div", "unit", &[metric, norm]);
+    let unit = body.unit_rows(metric);
 
     // One edge per A token; one sort splits A into leaving and staying, so that no token is lost among ties.
     let a = body.slice(unit, first_a, end, 1, 2, "a");

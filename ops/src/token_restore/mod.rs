@@ -12,6 +12,8 @@ mod body;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "gradients")]
+pub(crate) mod gradient;
 
 #[cfg(feature = "bodies")]
 pub use body::TokenRestore;

@@ -54,6 +54,8 @@ pub struct Block {
     pub attentions: Vec<Attention>,
     /// The node after which tokens can be regrouped: the attention's residual sum (or a fused form of it).
     pub cut: NodeId,
+    /// The node that gives the stream that the block begins with, where there is one such.
+    pub entry: Option<NodeId>,
 }
 
 impl Block {
@@ -471,7 +473,8 @@ impl Recogniser<'_> {
             group.iter().filter(|core| is_block(core, axes, self.graph)).cloned().collect()
         };
         let encoder: Vec<Group> = groups.iter().map(of_tokens).filter(|group| !group.is_empty()).collect();
-        let mut blocks = Vec::with_capacity(encoder.len());
+        let flow = Flow::towards(self.content, &[]);
+        let mut blocks: Vec<Block> = Vec::with_capacity(encoder.len());
         for (at, group) in encoder.iter().enumerate() {
             let cut = match self.cut_after(group, encoder.get(at + 1), Some(axes)) {
                 // What follows runs on another stream: a decoder, or tokens among which others have come to stand. Tokens
@@ -487,7 +490,11 @@ impl Recogniser<'_> {
                 })?;
                 Ok(Attention { core: core.clone(), heads })
             };
-            blocks.push(Block { attentions: group.iter().map(attention).collect::<Result<_, Refusal>>()?, cut });
+            let attentions = group.iter().map(attention).collect::<Result<_, Refusal>>()?;
+            let behind_last =
+                |node: &NodeId| blocks.last().is_none_or(|last| flow.reached_from(last.cut).contains(node));
+            let entry = flow.gate_before(cut).filter(|&node| is_stream(self.graph, axes, node)).filter(behind_last);
+            blocks.push(Block { attentions, cut, entry });
         }
         Ok(blocks)
     }

@@ -18,6 +18,8 @@ pub(super) struct Grouping {
 pub(super) enum Others {
     /// They joined others.
     Merged { leaving: ValueId, into: ValueId },
+    /// They joined others too: the slot of every token.
+    Joined { assign: ValueId },
     /// They were dropped, or are together in one slot more.
     Dropped {
         /// The slot of every token; -1 for those that are nowhere.
@@ -115,7 +117,7 @@ impl Rewriter<'_> {
     /// The slot of every token of the stage before.
     fn assign(&mut self, stage: usize) -> Option<ValueId> {
         match self.stages.entry(stage).grouping? {
-            Grouping { others: Others::Dropped { assign, .. }, .. } => Some(assign),
+            Grouping { others: Others::Dropped { assign, .. } | Others::Joined { assign }, .. } => Some(assign),
             Grouping { anchor, others: Others::Merged { leaving, into } } => {
                 if let Some(known) = self.stages.entry(stage).assign {
                     return Some(known);

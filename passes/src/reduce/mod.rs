@@ -1,8 +1,10 @@
-//! Token reduction: `TokenMerge` and `TokenPrune` between attention and MLP, and everything that follows from them.
+//! Token reduction: `TokenMerge` and `TokenPrune` between attention and MLP, `TokenExpand` and `TokenAbsorb` behind the
+//! first block, and everything that follows from them.
 //!
 //! Merging is that of Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023 (arXiv 2210.09461); pruning that of
 //! Liang et al., "Not All Patches are What You Need", ICLR 2022 (EViT, arXiv 2202.07800), and of Kong et al., "Peeling the
-//! Onion", AAAI 2023 (Tri-Level E-ViT, arXiv 2211.10801). One patch does it all, for any mix of them:
+//! Onion", AAAI 2023 (Tri-Level E-ViT, arXiv 2211.10801); one patch does it all, for any mix of them. Expansion is that of
+//! Huang et al., "A General and Efficient Training for Transformer via Token Expansion", CVPR 2024 (arXiv 2404.00672).
 //!
 //! 1. at every cut whose block removes tokens, the residual stream goes through the operators (`plan`, `stages`, `merge`,
 //!    `prune`, `cut`);
@@ -18,6 +20,7 @@ mod attention;
 mod contract;
 mod counts;
 mod cut;
+mod expand;
 mod extents;
 mod fused;
 mod grouping;
@@ -46,7 +49,7 @@ use vitrim_ops::{DOMAIN, OpDef, TokenSize, VERSION};
 
 use crate::Refusal;
 use crate::recognise::{PlainAttention, VitModel};
-use crate::schedule::{KeepSchedule, Schedule, Step};
+use crate::schedule::{Expansion, KeepSchedule, Schedule, Step};
 use plan::{Act, Plan};
 use precision::Coding;
 use spans::Part;
@@ -75,6 +78,8 @@ pub enum Method {
     Merge(Merge),
     /// Token pruning.
     Prune(Prune),
+    /// Token expansion, on the output of the first block. It acts alone.
+    Expand(Expand),
 }
 
 /// Token merging (arXiv 2210.09461): what to merge, and how.
@@ -124,6 +129,43 @@ pub struct Prune {
     pub runtime: bool,
 }
 
+/// Token expansion (ToE, arXiv 2404.00672): what to keep, and which patches are near each other.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Expand {
+    /// Patches to keep in the course of the training.
+    pub schedule: Expansion,
+    /// The stage of it, from 1 on.
+    pub stage: usize,
+    /// How far patches are from each other.
+    pub distance: Distance,
+    /// What of the distance is near.
+    pub convention: Convention,
+}
+
+/// How far tokens, scaled to length one, are from each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Distance {
+    /// By the cosine of their angle.
+    #[default]
+    Cosine,
+    /// By the sum of absolute differences.
+    Manhattan,
+    /// By the root of the sum of squared differences.
+    Euclidean,
+}
+
+/// Which of two distances is that to the nearer token. The two conventions agree on the cosine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Convention {
+    /// The smaller, as the paper has it.
+    #[default]
+    Paper,
+    /// The larger: what the authors' program takes of all it computes, cosines and distances alike.
+    Code,
+}
+
 /// What happens to the tokens after the attention of each block.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Reduction {
@@ -161,6 +203,7 @@ impl Reduction {
     pub fn propose(&self, model: &Model, vit: &VitModel) -> Result<Proposal, Refusal> {
         let tokens = vit.tokens().as_known().map(|tokens| tokens as usize);
         let plan = Plan::of(self, vit.blocks.len(), tokens, vit.special)?;
+        plan.check_places(model.graph(), vit)?;
         let counted = plan.is_counted();
         let Plan { acts, steps, notes } = plan;
         let idle = acts.iter().all(Vec::is_empty) && self.trace_source.is_none();
@@ -223,6 +266,7 @@ impl Weights {
         let merges = reduction.methods.iter().filter_map(|method| match method {
             Method::Merge(merge) => Some(Self { proportional: merge.proportional, pooling: !merge.plain_pooling }),
             Method::Prune(_) => None,
+            Method::Expand(_) => Some(Self { proportional: false, pooling: false }),
         });
         let mut merges = merges.peekable();
         let first = merges.peek().copied().unwrap_or(Self { proportional: true, pooling: true });
@@ -330,9 +374,18 @@ impl Rewriter<'_> {
         Ok(())
     }
 
-    /// Puts the acts of one block behind its attention.
-    fn reduce_block(&mut self, block: usize) -> Result<(), Refusal> {
+    /// The node behind which the acts of a block are: the one behind its attention, or that which ends it.
+    fn place(&self, block: usize) -> NodeId {
         let cut = self.vit.blocks[block].cut;
+        match self.acts[block].first() {
+            Some(Act::Expand { .. }) => self.vit.blocks.get(block + 1).and_then(|next| next.entry).unwrap_or(cut),
+            _ => cut,
+        }
+    }
+
+    /// Puts the acts of one block in their place.
+    fn reduce_block(&mut self, block: usize) -> Result<(), Refusal> {
+        let cut = self.place(block);
         let x = self.stream(cut)?;
         let hint = format!("vitrim/block{block}");
         let stage = self.stages.of_block(block);
@@ -372,6 +425,7 @@ impl Rewriter<'_> {
                     Act::Prune { keep, fuse, attention_keep } => {
                         self.prune(&mut stream, keep, fuse, attention_keep)?;
                     }
+                    Act::Expand { keep } => self.expand(&mut stream, keep)?,
                 }
             }
         }
@@ -457,6 +511,11 @@ impl Rewriter<'_> {
         self.replaced.insert(old, new);
     }
 
+    /// The block whose acts are behind a node.
+    fn acts_behind(&self, node: NodeId) -> Option<usize> {
+        (0..self.acts.len()).find(|&block| self.place(block) == node)
+    }
+
     /// What readers of `value` read now.
     fn replacement(&self, value: ValueId) -> ValueId {
         self.replaced.get(&value).copied().unwrap_or(value)
@@ -464,8 +523,7 @@ impl Rewriter<'_> {
 
     /// As [`Rewriter::replacement`], but the residual stream as it is before its merge.
     fn current(&self, value: ValueId) -> ValueId {
-        let merged =
-            self.graph.producer(value).is_some_and(|(node, _)| self.vit.blocks.iter().any(|block| block.cut == node));
+        let merged = self.graph.producer(value).is_some_and(|(node, _)| self.acts_behind(node).is_some());
         if merged { value } else { self.replacement(value) }
     }
 

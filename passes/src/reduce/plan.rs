@@ -1,10 +1,12 @@
 //! The plan: which acts each block's tokens go through, and how many are left.
 
+use vitrim_ir::Graph;
+
 use crate::Refusal;
-use crate::recognise::SpecialTokens;
+use crate::recognise::{SpecialTokens, VitModel};
 use crate::schedule::{KeepSchedule, Schedule, Step, keep_count};
 
-use super::{Merge, Method, Reduction};
+use super::{Expand, Merge, Method, Reduction};
 
 /// One change of the tokens at a cut.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -23,6 +25,8 @@ pub(super) enum Act {
         /// Share of the connections that each patch keeps, if not all.
         attention_keep: Option<f64>,
     },
+    /// So many patches stay, and the others join them. It is behind the whole block, not its attention.
+    Expand { keep: usize },
 }
 
 /// How many patches stay.
@@ -59,11 +63,22 @@ impl Plan {
             match method {
                 Method::Merge(merge) => merge.schedule.check(depth)?,
                 Method::Prune(prune) => prune.schedule.check(depth)?,
+                Method::Expand(expand) => expand.schedule.check()?,
             }
+        }
+        if let Some(expand) = reduction.methods.iter().find_map(|method| match method {
+            Method::Expand(expand) => Some(expand),
+            Method::Merge(_) | Method::Prune(_) => None,
+        }) {
+            if reduction.methods.len() > 1 {
+                return Err(Refusal::Request("expansion acts alone: leave other passes out".into()));
+            }
+            return Self::expanded(expand, depth, tokens, special);
         }
         let at_run_time = reduction.methods.iter().any(|method| match method {
             Method::Merge(merge) => merge.runtime,
             Method::Prune(prune) => prune.runtime,
+            Method::Expand(_) => false,
         });
         match tokens {
             Some(tokens) if !at_run_time => Self::counted(reduction, depth, tokens, special),
@@ -74,6 +89,44 @@ impl Plan {
     /// Whether all counts are known.
     pub fn is_counted(&self) -> bool {
         !self.steps.is_empty()
+    }
+
+    /// One act, between the first block and the second.
+    fn expanded(expand: &Expand, depth: usize, tokens: Option<usize>, special: SpecialTokens) -> Result<Self, Refusal> {
+        let refuse = |what: &str| Err(Refusal::Request(what.into()));
+        let Some(tokens) = tokens else {
+            return refuse("expansion needs token counts that are fixed; this model's are not");
+        };
+        let mut acts = vec![Vec::new(); depth];
+        let mut after = tokens;
+        if expand.schedule.is_active(expand.stage) {
+            let others = special.prefix() + special.suffix;
+            let patches = tokens.saturating_sub(others);
+            if depth < 2 {
+                return refuse("expansion acts between the first block and the second: the model has no second");
+            }
+            if expand.schedule.seeds(patches).is_empty() {
+                return Err(Refusal::Request(format!("{patches} patches are too few to begin an expansion with")));
+            }
+            let keep = expand.schedule.kept(patches, expand.stage).min(patches);
+            acts[0].push(Act::Expand { keep });
+            after = others + keep;
+        }
+        let step =
+            |block: usize| Step { before: if block == 0 { tokens } else { after }, removed: 0, unaligned: false };
+        Ok(Self { acts, steps: (0..depth).map(step).collect(), notes: Vec::new() })
+    }
+
+    /// Refuses an expansion where no one stream of tokens enters the second block.
+    pub fn check_places(&self, graph: &Graph, vit: &VitModel) -> Result<(), Refusal> {
+        let expands = self.acts.first().is_some_and(|acts| matches!(acts[..], [Act::Expand { .. }]));
+        match vit.blocks.get(1) {
+            Some(second) if expands && second.entry.is_none() => Err(Refusal::Pinned {
+                node: graph.describe(second.cut),
+                reason: "it ends the attention of a block that no single stream of tokens enters".into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     fn counted(reduction: &Reduction, depth: usize, tokens: usize, special: SpecialTokens) -> Result<Self, Refusal> {
@@ -114,6 +167,7 @@ impl Plan {
                             left = others + keep + usize::from(extra);
                         }
                     }
+                    Method::Expand(_) => {}
                 }
             }
             plan.acts.push(acts);
@@ -124,7 +178,7 @@ impl Plan {
         if unaligned > 0 {
             let align = reduction.methods.iter().find_map(|method| match method {
                 Method::Merge(merge) => Some(merge.align).filter(|&align| align > 1),
-                Method::Prune(_) => None,
+                Method::Prune(_) | Method::Expand(_) => None,
             });
             let align = align.unwrap_or(1);
             plan.notes.push(format!("{unaligned} block(s) cannot reach a multiple of {align} tokens and keep their r"));
@@ -167,6 +221,7 @@ impl Plan {
                         acts.push(Act::Prune { keep, fuse: prune.fuse, attention_keep: prune.attention_keep });
                     }
                 }
+                Method::Expand(_) => {}
             }
         }
         let mut acts = plan.acts.iter().flatten().skip_while(|act| !matches!(act, Act::Prune { fuse: true, .. }));

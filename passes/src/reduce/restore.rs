@@ -57,7 +57,16 @@ impl Rewriter<'_> {
                 let arrangement = self.arrangement(&layout);
                 let unknown = || refuse("it has to be restored, but its tokens share an axis with something else");
                 let there = self.tokens_second(source, &arrangement, stage, &hint).ok_or_else(unknown)?;
-                let restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
+                let mut restored = self.vitrim(&TokenRestore, &format!("{hint}/restored"), &[there, owner], &[], 1)[0];
+                if self.expansion().is_some() {
+                    let refusal = refuse("it has to be restored behind an expansion, and has other tokens as well");
+                    let kept = self.keeps_place(stage, span, &hint).ok_or(refusal)?;
+                    let others: Vec<i64> = (0..arrangement.others() as i64).map(|axis| 2 + axis).collect();
+                    let kept = self.with_axes("Unsqueeze", kept, &others, &format!("{hint}/keeps_place_of"));
+                    let zero = Tensor::floats(self.dtype(value), &[], &[0.0]);
+                    let zero = self.patch.constant(&format!("{hint}/zero"), zero);
+                    restored = self.patch.op("Where", &format!("{hint}/in_place"), &[kept, restored, zero], &[]);
+                }
                 self.as_before(restored, &arrangement, 0, &hint).ok_or_else(unknown)
             }
             // Attention maps: a token's row is its slot's; the weight of a key is shared among the slot's tokens.
@@ -75,6 +84,21 @@ impl Rewriter<'_> {
                 Ok(source)
             }
             _ => Err(refuse("it has to be restored, but has tokens on several axes")),
+        }
+    }
+
+    /// Whether each token of a span is the one whose place its slot keeps, `[B, N]`. Behind an expansion the others are
+    /// zero where tokens are restored (as the paper's dense models have them), not copies.
+    fn keeps_place(&mut self, stage: usize, span: Span, hint: &str) -> Option<ValueId> {
+        let (anchor, owner) = (self.anchor(stage)?, self.owner(stage)?);
+        let axis = [("axis", Attribute::Int(1))];
+        let place = self.patch.op("GatherElements", &format!("{hint}/place"), &[anchor, owner], &axis);
+        let positions: Vec<i64> = (0..self.vit.tokens().as_known()?).collect();
+        let positions = self.ints(&format!("{hint}/positions"), &positions);
+        let kept = self.patch.op("Equal", &format!("{hint}/keeps_place"), &[place, positions], &[]);
+        match span {
+            Span::ALL => Some(kept),
+            span => span.is_within().then(|| self.within(kept, span, &format!("{hint}/keeps_place"))),
         }
     }
 

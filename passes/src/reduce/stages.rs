@@ -132,7 +132,7 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
     let suffix = vit.special.suffix;
     let asked = rewriter.options.methods.iter().filter_map(|method| match method {
         Method::Merge(merge) => merge.protect,
-        Method::Prune(_) => None,
+        Method::Prune(_) | Method::Expand(_) => None,
     });
     let asked = asked.min();
     let protect = asked.unwrap_or(vit.special.prefix());
@@ -140,7 +140,7 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
         Stages { counts: vec![Some(vit.tokens().clone())], prunings: vec![None], suffix, ..Stages::default() };
     // The stage that readers of a cut's results are in.
     let mut after_cut: HashMap<ValueId, usize> = HashMap::new();
-    for (block, acts) in vit.blocks.iter().zip(&rewriter.acts) {
+    for (block, acts) in rewriter.acts.iter().enumerate() {
         let of_attention = stages.last();
         for act in acts {
             let before = stages.counts[stages.last()].as_ref().and_then(|count| count.as_known());
@@ -149,18 +149,19 @@ pub(super) fn assign(rewriter: &Rewriter<'_>) -> Result<Stages, Refusal> {
                 Act::Prune { keep: Keep::Count(keep), fuse, .. } => {
                     Some((vit.special.prefix() + keep + usize::from(fuse) + suffix) as i64)
                 }
+                Act::Expand { keep } => Some((vit.special.prefix() + keep + suffix) as i64),
                 Act::Prune { .. } => None,
             });
             stages.counts.push(after.map(Expr::known));
             stages.prunings.push(match *act {
-                Act::Merge { .. } => None,
+                Act::Merge { .. } | Act::Expand { .. } => None,
                 Act::Prune { fuse, .. } => Some(fuse),
             });
         }
         let behind = stages.last();
         stages.blocks.push([of_attention, behind]);
         if behind > of_attention {
-            after_cut.extend(graph.node(block.cut).results().map(|value| (value, behind)));
+            after_cut.extend(graph.node(rewriter.place(block)).results().map(|value| (value, behind)));
         }
     }
     stages.entries = vec![Stage::default(); stages.counts.len()];

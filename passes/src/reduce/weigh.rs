@@ -45,13 +45,9 @@ impl Rewriter<'_> {
 
     /// The stage in which readers see a value.
     pub(super) fn stage_read(&self, value: ValueId) -> Option<usize> {
-        let cut = self
-            .vit
-            .blocks
-            .iter()
-            .position(|block| self.graph.producer(value).is_some_and(|(node, _)| node == block.cut));
+        let block = self.graph.producer(value).and_then(|(node, _)| self.acts_behind(node));
         let stage = self.stages.of(value)?;
-        Some(cut.map_or(stage, |block| self.stages.behind_block(block)))
+        Some(block.map_or(stage, |block| self.stages.behind_block(block)))
     }
 
     fn attend(&mut self, id: NodeId, stage: usize) -> Result<(), Refusal> {
