@@ -8,7 +8,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 use vitrim_ir::Model;
 use vitrim_passes::Refusal;
-use vitrim_passes::recipe::Recipe;
+use vitrim_passes::recipe::{ExpandSpec, PassSpec, Recipe};
 use vitrim_train::drop_path::DropPath;
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::Manifest;
@@ -69,6 +69,12 @@ pub struct TrainArgs {
     /// What to do to the tokens in training, a TOML file; what is evaluated is the original model
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
+    /// Train with few tokens first and with more from stage to stage (ToE): the share of each, as in 0.5,0.75,1
+    #[arg(long, value_name = "SHARES", value_delimiter = ',', conflicts_with = "recipe", requires = "expand_at")]
+    pub expand: Option<Vec<f64>>,
+    /// The first epoch of each stage of --expand, as in 0,100,200
+    #[arg(long, value_name = "EPOCHS", value_delimiter = ',', requires = "expand")]
+    pub expand_at: Option<Vec<usize>>,
     /// Compute all tokens, also those that nothing reads
     #[arg(long)]
     pub keep_dead: bool,
@@ -140,12 +146,17 @@ impl TrainArgs {
             LossArg::Mse => Loss::MeanSquaredError,
             LossArg::Output(name) => Loss::Output(name.clone()),
         };
-        let recipe = match &self.recipe {
-            Some(path) => {
+        let recipe = match (&self.recipe, &self.expand) {
+            (None, Some(keep)) => {
+                let (keep, epochs) = (keep.clone(), self.expand_at.clone().unwrap_or_default());
+                let spec = ExpandSpec { keep, epochs, ..ExpandSpec::default() };
+                Recipe { passes: vec![PassSpec::Expand(spec)] }
+            }
+            (Some(path), _) => {
                 let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
                 Recipe::parse(&text)?
             }
-            None => Recipe::default(),
+            (None, None) => Recipe::default(),
         };
         let selection = Selection { freeze: self.freeze.clone(), unfreeze: self.unfreeze.clone() };
         let rate = share("--drop-path", self.drop_path)?;

@@ -210,7 +210,7 @@ fn steps_follow_the_gradients() {
         let training = || Training::of(&model, &request(Vec::new())).expect("it can be trained");
         let alone = stock(training(), None).expect("gradients");
         let whole = stock(training(), Some(&update)).expect("steps");
-        let file_of = |graphs: &[(&str, Model)], name: &str| {
+        let file_of = |graphs: &[(String, Model)], name: &str| {
             let (_, graph) = graphs.iter().find(|(file, _)| *file == name).expect("the graph");
             scratch.save_as(name.trim_end_matches(".onnx"), graph, &file)
         };

@@ -20,7 +20,7 @@ use vitrim_ir::{DataType, Model, OpType, Patch, Shapes, ValueId, inline_function
 use vitrim_ops::gradient_rule;
 use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, FUNCTIONS_SINCE, Options, Report};
-use vitrim_passes::recipe::Recipe;
+use vitrim_passes::recipe::{PassSpec, Recipe};
 
 use crate::decompose::decompose;
 use crate::drop_path::DropPath;
@@ -44,13 +44,61 @@ pub struct Request {
     pub drop_path: Option<DropPath>,
 }
 
+impl Request {
+    /// The stages of the training: from which epoch on what is done to the tokens. Expansion has several; else there is one.
+    fn stages(&self) -> Result<Vec<(StageOf, Recipe)>, Refusal> {
+        let mut recipe = self.recipe.clone();
+        for pass in &mut recipe.passes {
+            if let PassSpec::Merge(spec) = pass {
+                // A model that is trained with merging learns what tokens weigh (arXiv 2210.09461, section 3).
+                spec.proportional.get_or_insert(false);
+            }
+        }
+        let expands =
+            recipe.passes.iter().position(|pass| matches!(pass, PassSpec::Expand(spec) if spec.stage.is_none()));
+        let Some(at) = expands else { return Ok(vec![(StageOf { epoch: 0, keep: 1.0 }, recipe)]) };
+        let PassSpec::Expand(spec) = &recipe.passes[at] else { return Err(internal("a pass is another")) };
+        let schedule = spec.schedule()?;
+        let stage = |(stage, (&epoch, &keep)): (usize, (&usize, &f64))| {
+            let mut recipe = recipe.clone();
+            if let PassSpec::Expand(spec) = &mut recipe.passes[at] {
+                spec.stage = Some(stage + 1);
+            }
+            (StageOf { epoch, keep }, recipe)
+        };
+        Ok(schedule.epochs.iter().zip(&schedule.keep).enumerate().map(stage).collect())
+    }
+}
+
+/// What a stage of a training is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StageOf {
+    /// Its first epoch.
+    pub epoch: usize,
+    /// The share of the tokens that are kept in it.
+    pub keep: f64,
+}
+
+/// A stage of a training before the last one.
+#[derive(Debug)]
+pub struct Stage {
+    /// What it is.
+    pub of: StageOf,
+    /// Loss, outputs and gradients.
+    pub gradients: Model,
+}
+
 /// The graphs that every format is made of. Parameters are inputs of both, under the same names and in the same order.
 #[derive(Debug)]
 pub struct Training {
     /// Loss and outputs of the model as it was.
     pub eval: Model,
-    /// Loss, outputs and gradients.
+    /// Loss, outputs and gradients; in the last stage where there are several.
     pub gradients: Model,
+    /// What that stage is.
+    pub last: StageOf,
+    /// The stages before it.
+    pub earlier: Vec<Stage>,
     /// The values of the loss.
     pub heads: Heads,
     /// The parameters.
@@ -87,34 +135,59 @@ impl Training {
             )));
         }
         request.selection.apply(&mut parameters)?;
-        let options = Options { training: true, force: true, keep_dead: request.keep_dead, ..Options::default() };
-        let (mut reduced, report) = match driver::rewrite(&model, &request.recipe, options) {
-            // It trains all the same, whatever it is.
-            Err(Refusal::NotAVit(_)) if request.recipe.passes.is_empty() => (model.clone(), Report::default()),
-            reduced => reduced?,
+        let mut stages = Vec::new();
+        for (of, recipe) in request.stages()? {
+            let (gradients, heads, report) = of_stage(&model, &parameters, &recipe, request)?;
+            stages.push((Stage { of, gradients }, heads, report));
+        }
+        let Some((Stage { of: last, gradients }, heads, report)) = stages.pop() else {
+            return Err(internal("a training without a stage"));
         };
-        notes.extend(report.notes.iter().cloned());
-        // What has no rule of its own is differentiated by way of its body.
-        inline_functions(&mut reduced, |op| gradient_rule(op).is_none())
-            .map_err(|error| Refusal::Request(error.to_string()))?;
-        let mut reduced = decompose(&reduced)?;
-        if let Some(drop_path) = request.drop_path {
-            let matrices =
-                parameters.iter().filter(|parameter| parameter.decay).map(|parameter| parameter.name.as_str());
-            reduced = drop_path.insert(&reduced, &matrices.collect())?;
+        let outputs: HashSet<&str> =
+            gradients.graph().outputs().iter().map(|&output| gradients.graph().value(output).name()).collect();
+        for parameter in &mut parameters {
+            parameter.trainable &= outputs.contains(gradient_name(&parameter.name).as_str());
         }
-        let (mut gradients, heads) = loss::attach(&reduced, &request.loss, request.output.as_deref())?;
-        let reached = differentiate(&mut gradients, &parameters)?;
-        for parameter in parameters.iter_mut().filter(|parameter| parameter.trainable) {
-            parameter.trainable = reached.contains(&parameter.name);
-        }
-        if reached.is_empty() {
+        if parameters.iter().all(|parameter| !parameter.trainable) {
             return Err(Refusal::Request("the loss depends on no parameter that is to be trained".into()));
         }
+        notes.extend(report.notes.iter().cloned());
         let (eval, _) = loss::attach(&model, &request.loss, request.output.as_deref())?;
         let [eval, gradients] = [eval, gradients].map(|graph| expose(&graph, &parameters));
-        Ok(Self { eval: eval?, gradients: gradients?, heads, parameters, report, notes })
+        let expose = |(stage, ..): (Stage, Heads, Report)| {
+            Ok(Stage { gradients: expose(&stage.gradients, &parameters)?, of: stage.of })
+        };
+        let earlier = stages.into_iter().map(expose).collect::<Result<_, Refusal>>()?;
+        Ok(Self { eval: eval?, gradients: gradients?, last, earlier, heads, parameters, report, notes })
     }
+}
+
+/// Loss and gradients of a model with these passes, its parameters still constants.
+fn of_stage(
+    model: &Model,
+    parameters: &[Parameter],
+    recipe: &Recipe,
+    request: &Request,
+) -> Result<(Model, Heads, Report), Refusal> {
+    let options = Options { training: true, force: true, keep_dead: request.keep_dead, ..Options::default() };
+    let (mut reduced, report) = match driver::rewrite(model, recipe, options) {
+        // It trains all the same, whatever it is.
+        Err(Refusal::NotAVit(_) | Refusal::Pinned { .. }) if recipe.passes.is_empty() => {
+            (model.clone(), Report::default())
+        }
+        reduced => reduced?,
+    };
+    // What has no rule of its own is differentiated by way of its body.
+    inline_functions(&mut reduced, |op| gradient_rule(op).is_none())
+        .map_err(|error| Refusal::Request(error.to_string()))?;
+    let mut reduced = decompose(&reduced)?;
+    if let Some(drop_path) = request.drop_path {
+        let matrices = parameters.iter().filter(|parameter| parameter.decay).map(|parameter| parameter.name.as_str());
+        reduced = drop_path.insert(&reduced, &matrices.collect())?;
+    }
+    let (mut gradients, heads) = loss::attach(&reduced, &request.loss, request.output.as_deref())?;
+    differentiate(&mut gradients, parameters)?;
+    Ok((gradients, heads, report))
 }
 
 /// How gradients pass an operator: one of ours, or of the standard set.
@@ -122,8 +195,8 @@ fn rule(op: &OpType) -> Rule {
     gradient_rule(op).unwrap_or_else(|| rules::standard(op))
 }
 
-/// Adds the gradients of the first output as further outputs. Gives the parameters that have one.
-fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<HashSet<String>, Refusal> {
+/// Adds the gradients of the first output as further outputs.
+fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<(), Refusal> {
     let shapes = Shapes::infer(model);
     let graph = model.graph();
     let initializers: HashMap<&str, ValueId> =
@@ -139,17 +212,15 @@ fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<HashSet<
     let values: Vec<ValueId> = wrt.iter().map(|&(_, value)| value).collect();
     let found = gradients(&mut emit, &[(graph.outputs()[0], one)], &values, &rule)
         .map_err(|error| Refusal::Request(error.to_string()))?;
-    let mut reached = HashSet::new();
     for (parameter, value) in wrt {
         let Some(&gradient) = found.get(&value) else { continue };
         let name = gradient_name(&parameter.name);
         // Parameters that act alike have one gradient; outputs are values of their own.
         let gradient = patch.op("Identity", &name, &[gradient], &[]);
         patch.append_output(&name, gradient, declared(&shapes, value, DataType::F32));
-        reached.insert(parameter.name.clone());
     }
     (*model, _) = patch.apply(model).map_err(internal)?;
-    Ok(reached)
+    Ok(())
 }
 
 /// The model with its parameters as inputs; those that it does not read are none.

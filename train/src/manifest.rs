@@ -27,6 +27,8 @@ pub struct Manifest {
     pub parameters: Vec<ParameterEntry>,
     /// What the step beside is fed: learning rate, number of the step and of batches, where there are any.
     pub scalars: Vec<String>,
+    /// Which graph trains from which epoch on; the last is the one of `graphs`.
+    pub schedules: Vec<ScheduleEntry>,
     /// What a step changes.
     pub state: Vec<StateEntry>,
     /// What the batches before the last of a step change.
@@ -44,6 +46,17 @@ pub struct Graphs {
     pub eval: String,
     /// Loss and gradients.
     pub gradients: Option<String>,
+}
+
+/// A stage of the training.
+#[derive(Clone, Debug, Serialize)]
+pub struct ScheduleEntry {
+    /// Its first epoch.
+    pub epoch: usize,
+    /// The share of the tokens that are kept in it.
+    pub keep: f64,
+    /// The graph of its steps: of gradients where there is no optimizer.
+    pub graph: String,
 }
 
 /// A parameter.

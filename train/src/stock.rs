@@ -4,7 +4,7 @@
 use vitrim_ir::Model;
 use vitrim_passes::Refusal;
 
-use crate::manifest::{Graphs, Manifest, ParameterEntry};
+use crate::manifest::{Graphs, Manifest, ParameterEntry, ScheduleEntry};
 use crate::optimizer::{self, Trained, Update};
 use crate::{Training, gradient_name};
 
@@ -12,14 +12,14 @@ use crate::{Training, gradient_name};
 #[derive(Debug)]
 pub struct Stock {
     /// Graphs by file name.
-    pub graphs: Vec<(&'static str, Model)>,
+    pub graphs: Vec<(String, Model)>,
     /// What they are.
     pub manifest: Manifest,
 }
 
 /// The graphs of a training: with an update a whole step, without one the gradients alone.
 pub fn stock(training: Training, update: Option<&Update>) -> Result<Stock, Refusal> {
-    let Training { eval, gradients, heads, parameters, .. } = training;
+    let Training { eval, gradients, last, earlier, heads, parameters, .. } = training;
     let of_heads: Vec<&String> = [&heads.labels].into_iter().flatten().collect();
     let is_parameter = |name: &str| parameters.iter().any(|parameter| parameter.name == name);
     let inputs = eval.graph().feeds().map(|input| eval.graph().value(input).name().to_owned());
@@ -51,26 +51,37 @@ pub fn stock(training: Training, update: Option<&Update>) -> Result<Stock, Refus
         correct: heads.correct,
         parameters: entries.collect(),
         scalars: Vec::new(),
+        schedules: Vec::new(),
         state: Vec::new(),
         accumulated: Vec::new(),
     };
-    let mut graphs = vec![("eval.onnx", eval)];
+    let mut graphs = vec![("eval.onnx".to_owned(), eval)];
+    let kind = if update.is_some() { "train" } else { "gradients" };
+    let earlier =
+        earlier.into_iter().map(|stage| (stage.of, format!("{kind}_{}.onnx", stage.of.keep), stage.gradients));
+    for (of, file, gradients) in earlier.chain([(last, format!("{kind}.onnx"), gradients.clone())]) {
+        let graph = match update {
+            Some(update) => {
+                let (train, next) = optimizer::stepping(&gradients, &trained, update)?;
+                // The same of every stage: what a step changes does not depend on the tokens.
+                manifest.state = next.iter().map(Into::into).collect();
+                train
+            }
+            None => gradients,
+        };
+        manifest.schedules.push(ScheduleEntry { epoch: of.epoch, keep: of.keep, graph: file.clone() });
+        graphs.push((file, graph));
+    }
     match update {
-        None => {
-            manifest.graphs.gradients = Some("gradients.onnx".into());
-            graphs.push(("gradients.onnx", gradients));
-        }
+        None => manifest.graphs.gradients = Some("gradients.onnx".into()),
         Some(update) => {
-            let (train, next) = optimizer::stepping(&gradients, &trained, update)?;
             manifest.scalars = update.scalars().into_iter().map(Into::into).collect();
-            manifest.state = next.iter().map(Into::into).collect();
             manifest.graphs.train = Some("train.onnx".into());
-            graphs.push(("train.onnx", train));
             if update.accumulate {
                 let (accumulate, next) = optimizer::accumulating(&gradients, &trained)?;
                 manifest.accumulated = next.iter().map(Into::into).collect();
                 manifest.graphs.accumulate = Some("accumulate.onnx".into());
-                graphs.push(("accumulate.onnx", accumulate));
+                graphs.push(("accumulate.onnx".into(), accumulate));
             }
         }
     }

@@ -27,5 +27,6 @@ pub fn write(parameters: &[Parameter], path: &Path) -> io::Result<()> {
         let view = TensorView::new(Dtype::F32, shape, elements).map_err(io::Error::other)?;
         views.push((parameter.name.as_str(), view));
     }
-    safetensors::serialize_to_file(views, None, path).map_err(io::Error::other)
+    // In memory first: the library gives the files that it writes the permissions of temporary ones.
+    std::fs::write(path, safetensors::serialize(views, None).map_err(io::Error::other)?)
 }
