@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use clap::{Parser, Subcommand};
 use vitrim_passes::Refusal;
 
-use crate::{bench, inspect, ops, rewrite, train, verify};
+use crate::{bench, export_weights, inspect, ops, rewrite, train, verify};
 
 /// Token reduction for Vision Transformers, as compiler passes on ONNX graphs
 #[derive(Parser)]
@@ -31,6 +31,8 @@ enum Command {
     Rewrite(rewrite::RewriteArgs),
     /// Write graphs that train a model: gradients, optimizer and losses, for any ONNX Runtime
     Train(Box<train::TrainArgs>),
+    /// Write a model with trained weights
+    ExportWeights(export_weights::ExportWeightsArgs),
     /// Compare the outputs of two models
     Verify(Box<verify::VerifyArgs>),
     /// Compare the speed of models
@@ -75,6 +77,7 @@ pub fn main() -> ExitCode {
         Command::Prune(args) => rewrite::prune(args),
         Command::Rewrite(args) => rewrite::rewrite(args),
         Command::Train(args) => train::train(args),
+        Command::ExportWeights(args) => export_weights::run(args),
         Command::Verify(args) => verify::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Ops => ops::run(),

@@ -5,6 +5,7 @@
 
 pub mod bench;
 pub mod cli;
+pub mod export_weights;
 pub mod feeds;
 pub mod inspect;
 pub mod ops;

@@ -10,6 +10,7 @@ use vitrim_ir::Model;
 use vitrim_passes::Refusal;
 use vitrim_passes::recipe::{ExpandSpec, PassSpec, Recipe};
 use vitrim_train::drop_path::DropPath;
+use vitrim_train::head::Classes;
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::Manifest;
 use vitrim_train::optimizer::{Optimizer, Update};
@@ -66,6 +67,10 @@ pub struct TrainArgs {
     /// Parameters that are trained, of those frozen
     #[arg(long, value_name = "GLOB")]
     pub unfreeze: Vec<String>,
+    /// Give the head this many classes, with weights that begin anew: a normal distribution of standard deviation 0.02, and
+    /// zeros for biases
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
+    pub classes: Option<i64>,
     /// What to do to the tokens in training, a TOML file; what is evaluated is the original model
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
@@ -82,9 +87,9 @@ pub struct TrainArgs {
     /// in those before
     #[arg(long, value_name = "RATE", default_value_t = 0.0)]
     pub drop_path: f64,
-    /// Seed of what is drawn at random
-    #[arg(long, value_name = "SEED", default_value_t = 0)]
-    pub seed: u32,
+    /// Seed of what is drawn at random: new weights, branches that are left out
+    #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+    pub seed: u64,
     /// Print the manifest
     #[arg(long)]
     pub json: bool,
@@ -161,7 +166,9 @@ impl TrainArgs {
         let selection = Selection { freeze: self.freeze.clone(), unfreeze: self.unfreeze.clone() };
         let rate = share("--drop-path", self.drop_path)?;
         let drop_path = (rate > 0.0).then_some(DropPath { rate, seed: self.seed });
-        Ok(Request { loss, output: self.of.clone(), selection, recipe, keep_dead: self.keep_dead, drop_path })
+        let classes = self.classes.map(|count| Classes { count, seed: self.seed });
+        let (output, keep_dead) = (self.of.clone(), self.keep_dead);
+        Ok(Request { loss, output, classes, selection, recipe, keep_dead, drop_path })
     }
 
     fn update(&self) -> Result<Option<Update>> {

@@ -13,9 +13,7 @@ use vitrim_autodiff::{Emitter, Rule, gradients, rules};
 use vitrim_ir::{
     Attribute, DataType, DimSpec, GraphBuilder, Model, OpType, Patch, Shapes, Tensor as Constant, TensorType, ValueId,
 };
-use vitrim_passes::recipe::Recipe;
 use vitrim_train::loss::Loss;
-use vitrim_train::parameters::Selection;
 use vitrim_train::{Request, Training, gradient_name};
 
 /// Steps and tolerances of difference quotients. They are of fourth order: what they leave out is h⁴/30 times the fifth
@@ -1049,11 +1047,7 @@ const LOSS_ROUNDING: f64 = 4e-7;
 /// The gradients of a model against difference quotients of its loss, or why it has none.
 fn check_model(backend: &dyn Backend, scratch: &Scratch, entry: &Entry) -> Result<(f64, Vec<String>), String> {
     let model = entry.read();
-    let of = |loss| {
-        let (selection, recipe) = (Selection::default(), Recipe::default());
-        let request = Request { loss, output: None, selection, recipe, keep_dead: false, drop_path: None };
-        Training::of(&model, &request)
-    };
+    let of = |loss| Training::of(&model, &Request::new(loss));
     let (training, by_class) = match of(Loss::CrossEntropy { label_smoothing: 0.0, soft_targets: false }) {
         Err(refusal) if refusal.to_string().contains("cross-entropy is of") => {
             (of(Loss::MeanSquaredError).map_err(|refusal| refusal.to_string())?, false)

@@ -14,7 +14,7 @@ use vitrim_passes::recipe::{ExpandSpec, KeepSpec, MergeSpec, PassSpec, PruneSpec
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::Initial;
 use vitrim_train::optimizer::{Optimizer, Update};
-use vitrim_train::parameters::{Parameter, Selection};
+use vitrim_train::parameters::Parameter;
 use vitrim_train::stock::stock;
 use vitrim_train::{Request, Training, gradient_name};
 
@@ -29,14 +29,7 @@ const STEP_TOLERANCE: f64 = 1e-4;
 /// Everything is trained to tell classes, with these passes.
 fn request(passes: Vec<PassSpec>) -> Request {
     let loss = Loss::CrossEntropy { label_smoothing: 0.0, soft_targets: false };
-    Request {
-        loss,
-        output: None,
-        selection: Selection::default(),
-        recipe: Recipe { passes },
-        keep_dead: false,
-        drop_path: None,
-    }
+    Request { recipe: Recipe { passes }, ..Request::new(loss) }
 }
 
 #[test]

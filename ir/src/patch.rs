@@ -26,6 +26,7 @@ pub struct Patch {
     adds_inputs: bool,
     gone_outputs: Vec<usize>,
     externalised: Vec<(ValueId, String)>,
+    refilled: Vec<(ValueId, Tensor)>,
     attributes: Vec<(NodeId, String, Attribute)>,
     types: Vec<(ValueId, ValueInfo)>,
     forgotten: Vec<ValueId>,
@@ -102,6 +103,7 @@ impl Patch {
             adds_inputs: false,
             gone_outputs: Vec::new(),
             externalised: Vec::new(),
+            refilled: Vec::new(),
             attributes: Vec::new(),
             types: Vec::new(),
             forgotten: Vec::new(),
@@ -123,6 +125,7 @@ impl Patch {
             self.adds_inputs.into(),
             self.gone_outputs.len(),
             self.externalised.len(),
+            self.refilled.len(),
             self.attributes.len(),
         ];
         let notes =
@@ -274,6 +277,11 @@ impl Patch {
         value
     }
 
+    /// Lets an initializer, an input that may be left out, or a `Constant` hold another tensor of the same element type.
+    pub fn refill(&mut self, value: ValueId, tensor: Tensor) {
+        self.refilled.push((value, tensor));
+    }
+
     /// Makes an initializer, or an input that may be left out, a graph input of that name which has to be fed.
     pub fn externalise(&mut self, value: ValueId, name: &str) {
         self.externalised.push((value, name.into()));
@@ -408,6 +416,9 @@ impl Patch {
         for (slot, value) in std::mem::take(&mut self.outputs) {
             self.set_output(graph, slot, value)?;
         }
+        for (id, tensor) in std::mem::take(&mut self.refilled) {
+            self.fill(graph, id, tensor)?;
+        }
         for (id, name) in std::mem::take(&mut self.externalised) {
             self.make_input(graph, id, name)?;
         }
@@ -425,6 +436,27 @@ impl Patch {
             let value = graph.value_mut(value);
             value.name = name;
             value.info = Some(ValueInfo::of(&ty));
+        }
+        Ok(())
+    }
+
+    fn fill(&mut self, graph: &mut Graph, id: ValueId, tensor: Tensor) -> Result<(), PatchError> {
+        let old = match (&self.existing(graph, id)?.def, graph.constant(id)) {
+            (Def::Default(default), _) => default.ty(),
+            (_, Some(constant)) => constant.ty(),
+            _ => return Err(self.missing(format!("a constant {id}"))),
+        };
+        let new = tensor.ty();
+        self.check_type(Some(old), Some(new.clone()), || format!("the constant '{}'", graph.value(id).name))?;
+        if let Some((node, _)) = graph.producer(id) {
+            graph.node_mut(node).attributes = vec![("value".into(), Attribute::Tensor(tensor.clone()))];
+        }
+        let value = graph.value_mut(id);
+        if let Def::Initializer(held) | Def::Default(held) = &mut value.def {
+            *held = tensor;
+        }
+        if value.info.is_some() {
+            value.info = Some(ValueInfo::of(&new));
         }
         Ok(())
     }
@@ -704,6 +736,30 @@ mod tests {
         let error = patch.apply(model).unwrap_err();
         assert!(*model == before);
         error.to_string()
+    }
+
+    #[test]
+    fn constants_hold_other_tensors() {
+        let (ten, single) = (Tensor::f32s(&[2], &[10.0, 10.0]), Tensor::f32(1.0));
+        let held = onnx::AttributeProto { r#type: Some(4), t: Some(Box::new(weight(""))), ..Default::default() };
+        let of_node = node("Constant", &[], &["c"]).with("value", held);
+        let model_with_node = model(graph(&["x"], vec![of_node, node("Add", &["x", "c"], &["y"])], &["y"])).read();
+        for (model, name) in [(chain(), "w"), (model_with_node, "c")] {
+            let mut patch = Patch::new(&model, "test");
+            patch.refill(value(&model, name), ten.clone());
+            let edited = apply(patch, &model).0;
+            assert_eq!(edited.graph().constant(value(&edited, name)).unwrap().to_f64s(), ten.to_f64s());
+            assert_eq!(edited.graph().len(), model.graph().len());
+        }
+        let refill = |name: &str, tensor: &Tensor| {
+            let model = chain();
+            let mut patch = Patch::new(&model, "test");
+            patch.refill(value(&model, name), tensor.clone());
+            patch.apply(&model).map(drop)
+        };
+        assert_eq!(refill("w", &single), Ok(()), "another shape");
+        assert!(matches!(refill("w", &Tensor::i64(1)), Err(PatchError::Type { .. })), "another type");
+        assert!(matches!(refill("a", &single), Err(PatchError::Missing { .. })), "what a node computes");
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub struct DropPath {
     /// Probability in the last block, from 0 to below 1.
     pub rate: f64,
     /// Seed of the draws. ONNX Runtime begins with it in each session anew.
-    pub seed: u32,
+    pub seed: u64,
 }
 
 /// Branches of each block: attention and MLP.
@@ -61,7 +61,7 @@ impl DropPath {
         let like =
             emit.op_with("ConstantOfShape", &[shape], &[("value", Attribute::Tensor(Tensor::f32s(&[1], &[0.0])))]);
         // Draws of their own for each branch: seeds that differ.
-        let seed = ("seed", Attribute::Float((self.seed as usize + at) as f32));
+        let seed = ("seed", Attribute::Float(self.seed.wrapping_add(at as u64) as f32));
         let drawn = emit.op_with("RandomUniformLike", &[like], &[("dtype", Attribute::Int(1)), seed]);
         let keep_number = emit.number(DataType::F32, keep);
         let lifted = emit.op("Add", &[drawn, keep_number]);

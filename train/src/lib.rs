@@ -6,6 +6,8 @@
 
 mod decompose;
 pub mod drop_path;
+pub mod export;
+pub mod head;
 pub mod loss;
 pub mod manifest;
 pub mod optimizer;
@@ -24,8 +26,9 @@ use vitrim_passes::recipe::{PassSpec, Recipe};
 
 use crate::decompose::decompose;
 use crate::drop_path::DropPath;
+use crate::head::Classes;
 use crate::loss::{Heads, Loss, declared};
-use crate::parameters::{Parameter, Selection, separate};
+use crate::parameters::{Parameter, Selection, Separated, separate};
 
 /// What is trained, and how it is judged.
 #[derive(Clone, Debug)]
@@ -34,6 +37,8 @@ pub struct Request {
     pub loss: Loss,
     /// The output that the loss is of; the first where none is named.
     pub output: Option<String>,
+    /// The classes to tell, where they are others than the model's: its head begins anew.
+    pub classes: Option<Classes>,
     /// Which parameters are trained.
     pub selection: Selection,
     /// What is done to the tokens in training. The model that is evaluated is the original.
@@ -45,6 +50,12 @@ pub struct Request {
 }
 
 impl Request {
+    /// To make this small, with nothing beside it.
+    pub fn new(loss: Loss) -> Self {
+        let (selection, recipe) = (Selection::default(), Recipe::default());
+        Self { loss, output: None, classes: None, selection, recipe, keep_dead: false, drop_path: None }
+    }
+
     /// The stages of the training: from which epoch on what is done to the tokens. Expansion has several; else there is one.
     fn stages(&self) -> Result<Vec<(StageOf, Recipe)>, Refusal> {
         let mut recipe = self.recipe.clone();
@@ -126,14 +137,16 @@ impl Training {
     /// [`Refusal::Request`] where there is nothing to train, no such output, or no gradient: the message names the
     /// operator that has none, and the parameter that needs it.
     pub fn of(model: &Model, request: &Request) -> Result<Self, Refusal> {
-        let (model, mut notes) = driver::prepare(model)?;
-        let (model, mut parameters) = separate(&model)?;
-        if let Some(other) = parameters.iter().find(|parameter| parameter.tensor.dtype() != DataType::F32) {
-            let (name, dtype) = (&other.name, other.tensor.dtype());
-            return Err(Refusal::Request(format!(
-                "the parameter '{name}' is {dtype}: training is in float32. Export the model in that"
-            )));
+        let (mut model, mut notes) = driver::prepare(model)?;
+        if let Some(classes) = request.classes {
+            model = head::replace(&model, request.output.as_deref(), classes)?;
         }
+        let Separated { model, mut parameters, notes: of_parameters, .. } = separate(&model)?;
+        if parameters.is_empty() {
+            let why = of_parameters.iter().map(|note| format!("; {note}")).collect::<String>();
+            return Err(Refusal::Request(format!("the model has no parameters that can be trained{why}")));
+        }
+        notes.extend(of_parameters);
         request.selection.apply(&mut parameters)?;
         let mut stages = Vec::new();
         for (of, recipe) in request.stages()? {

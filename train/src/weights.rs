@@ -1,15 +1,18 @@
-//! Files of parameters by name, in the `safetensors` format.
+//! Files of tensors by name.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 
-use safetensors::Dtype;
 use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use vitrim_ir::{DataType, Tensor};
+use vitrim_passes::Refusal;
 
 use crate::parameters::Parameter;
 
-/// Writes what parameters begin with.
+/// Writes what parameters begin with, in the `safetensors` format.
 pub fn write(parameters: &[Parameter], path: &Path) -> io::Result<()> {
     let elements: Vec<Cow<'_, [u8]>> = parameters
         .iter()
@@ -29,4 +32,45 @@ pub fn write(parameters: &[Parameter], path: &Path) -> io::Result<()> {
     }
     // In memory first: the library gives the files that it writes the permissions of temporary ones.
     std::fs::write(path, safetensors::serialize(views, None).map_err(io::Error::other)?)
+}
+
+/// Reads a file of tensors, of a format that its first bytes tell. Tensors of types that weights cannot have are left out.
+///
+/// # Errors
+///
+/// [`Refusal::Request`] where the file cannot be read, or is malformed or of no format that is known.
+pub fn read(path: &Path) -> Result<BTreeMap<String, Tensor>, Refusal> {
+    let refuse = |reason: String| Refusal::Request(format!("cannot read '{}': {reason}", path.display()));
+    let bytes = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+    match bytes.get(8) {
+        // The length of the header, then the header: JSON, an object.
+        Some(b'{') => safetensors(&bytes).map_err(refuse),
+        _ => Err(refuse("it is no safetensors file".into())),
+    }
+}
+
+fn safetensors(bytes: &[u8]) -> Result<BTreeMap<String, Tensor>, String> {
+    let file = SafeTensors::deserialize(bytes).map_err(|error| format!("it is malformed: {error}"))?;
+    let tensor = |view: &TensorView<'_>| {
+        let (dims, raw) = (view.shape(), view.data());
+        let floats = |dtype: DataType, elements: Vec<f64>| Some(Tensor::floats(dtype, dims, &elements));
+        match view.dtype() {
+            Dtype::F32 => {
+                let elements: Vec<f32> = raw.as_chunks().0.iter().map(|&chunk| f32::from_le_bytes(chunk)).collect();
+                Some(Tensor::f32s(dims, &elements))
+            }
+            Dtype::F64 => {
+                floats(DataType::F64, raw.as_chunks().0.iter().map(|&chunk| f64::from_le_bytes(chunk)).collect())
+            }
+            Dtype::I64 => {
+                let elements: Vec<i64> = raw.as_chunks().0.iter().map(|&chunk| i64::from_le_bytes(chunk)).collect();
+                Some(Tensor::i64s(dims, &elements))
+            }
+            // Only their type will be told.
+            Dtype::F16 => floats(DataType::F16, vec![0.0; raw.len() / 2]),
+            Dtype::BF16 => floats(DataType::BF16, vec![0.0; raw.len() / 2]),
+            _ => None,
+        }
+    };
+    Ok(file.iter().filter_map(|(name, view)| Some((name.to_owned(), tensor(&view)?))).collect())
 }
