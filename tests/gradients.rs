@@ -14,6 +14,7 @@ use vitrim_ir::{
     Attribute, DataType, DimSpec, GraphBuilder, Model, OpType, Patch, Shapes, Tensor as Constant, TensorType, ValueId,
 };
 use vitrim_train::loss::Loss;
+use vitrim_train::parameters::Parameter;
 use vitrim_train::{Request, Training, gradient_name};
 
 /// Steps and tolerances of difference quotients. They are of fourth order: what they leave out is h⁴/30 times the fifth
@@ -1039,7 +1040,7 @@ const GROUPS: usize = 8;
 const SLOPE_TOLERANCE: f64 = 1e-3;
 
 /// The same where a step crosses kinks.
-const BENT_SLOPE_TOLERANCE: f64 = 1e-2;
+const BENT_SLOPE_TOLERANCE: f64 = 2e-2;
 
 /// The loss is rounded: what a quotient over a relative step may be off besides, over that step.
 const LOSS_ROUNDING: f64 = 4e-7;
@@ -1068,17 +1069,20 @@ fn check_model(backend: &dyn Backend, scratch: &Scratch, entry: &Entry) -> Resul
         },
     );
     let path = scratch.save_as("model", &training.gradients, &entry.model);
-    let begin: Vec<ArrayD<f64>> = training
-        .parameters
-        .iter()
-        .map(|parameter| {
-            let dims: Vec<usize> = parameter.tensor.dims().iter().map(|&extent| extent as usize).collect();
-            array(&dims, &parameter.tensor.to_f64s().expect("parameters are floats"))
-        })
-        .collect();
+    let (trained, others): (Vec<&Parameter>, Vec<_>) =
+        training.parameters.iter().partition(|parameter| parameter.trainable);
+    let initial = |parameter: &&Parameter| {
+        let dims: Vec<usize> = parameter.tensor.dims().iter().map(|&extent| extent as usize).collect();
+        array(&dims, &parameter.tensor.to_f64s().expect("parameters are floats"))
+    };
+    // What the loss does not depend on has no gradient, but is fed.
+    for parameter in others {
+        feeds.push(parameter.name.clone(), Tensor::from_f64(DType::F32, &initial(&parameter)));
+    }
+    let begin: Vec<ArrayD<f64>> = trained.iter().map(initial).collect();
     let fed = |parameters: &[ArrayD<f64>]| {
         let mut fed = feeds.clone();
-        for (parameter, values) in training.parameters.iter().zip(parameters) {
+        for (parameter, values) in trained.iter().zip(parameters) {
             fed.push(parameter.name.clone(), Tensor::from_f64(DType::F32, values));
         }
         fed
@@ -1088,7 +1092,7 @@ fn check_model(backend: &dyn Backend, scratch: &Scratch, entry: &Entry) -> Resul
     let outputs = run(&begin)?;
     let loss_of = |outputs: &vitrim::runtime::Outputs| outputs.get("loss").expect("the loss").to_f64().sum();
     let loss = loss_of(&outputs);
-    let gradient = |at: usize| outputs.get(&gradient_name(&training.parameters[at].name)).expect("a gradient").to_f64();
+    let gradient = |at: usize| outputs.get(&gradient_name(&trained[at].name)).expect("a gradient").to_f64();
     let bends = model.graph().nodes().any(|(_, node)| node.is("Relu"));
     let tolerance = if bends { BENT_SLOPE_TOLERANCE } else { SLOPE_TOLERANCE };
     let (mut worst, mut wrong): (f64, Vec<String>) = (0.0, Vec::new());
@@ -1130,8 +1134,8 @@ fn check_model(backend: &dyn Backend, scratch: &Scratch, entry: &Entry) -> Resul
 }
 
 /// What keeps models of the zoo from being trained: parts of the reasons.
-const UNTRAINABLE: [&str; 4] =
-    ["it is no float32", "training is in float32", "its operator is no standard one", "it rounds to integers"];
+const UNTRAINABLE: [&str; 3] =
+    ["it is no float32", "no parameters that can be trained", "the size of the image is unknown"];
 
 #[test]
 fn gradients_of_the_zoo_are_the_slopes_of_the_loss() {

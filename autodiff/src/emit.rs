@@ -29,6 +29,8 @@ pub struct Emitter<'p> {
     opset: i64,
     written: HashMap<Key, Vec<ValueId>>,
     transposed: HashMap<ValueId, (ValueId, Vec<i64>)>,
+    /// What nodes read instead of values that were replaced.
+    instead: HashMap<ValueId, ValueId>,
     /// What names of new values begin with.
     hint: String,
 }
@@ -36,9 +38,9 @@ pub struct Emitter<'p> {
 impl<'p> Emitter<'p> {
     /// An emitter into `patch`, which is for `model`, whose shapes are `shapes`.
     pub fn new(model: &'p Model, shapes: &'p Shapes, patch: &'p mut Patch) -> Self {
-        let (written, transposed) = (HashMap::new(), HashMap::new());
+        let (written, transposed, instead) = (HashMap::new(), HashMap::new(), HashMap::new());
         let opset = model.opsets().standard();
-        Self { graph: model.graph(), shapes, patch, opset, written, transposed, hint: String::new() }
+        Self { graph: model.graph(), shapes, patch, opset, written, transposed, instead, hint: String::new() }
     }
 
     /// The version of the standard operator set.
@@ -56,6 +58,11 @@ impl<'p> Emitter<'p> {
         self.hint = hint.into();
     }
 
+    /// Lets nodes written from now on read `new` where they would read `old`.
+    pub fn replace(&mut self, old: ValueId, new: ValueId) {
+        self.instead.insert(old, new);
+    }
+
     /// A node with `results` results, or the one that was written before.
     pub fn call(
         &mut self,
@@ -66,13 +73,14 @@ impl<'p> Emitter<'p> {
     ) -> Vec<ValueId> {
         // Operands that are left out at the end do not exist in earlier versions of an operator.
         let given = inputs.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
-        let inputs = &inputs[..given];
-        let key = Key(op.clone(), inputs.to_vec(), format!("{attributes:?}"));
+        let read = |value: &ValueId| *self.instead.get(value).unwrap_or(value);
+        let inputs: Vec<Option<ValueId>> = inputs[..given].iter().map(|input| input.as_ref().map(read)).collect();
+        let key = Key(op.clone(), inputs.clone(), format!("{attributes:?}"));
         if let Some(known) = self.written.get(&key).filter(|known| known.len() == results) {
             return known.clone();
         }
         let hint = format!("{}/{}", self.hint, op.name);
-        let made = self.patch.call(op, &hint, inputs.to_vec(), attributes, results);
+        let made = self.patch.call(op, &hint, inputs, attributes, results);
         self.written.insert(key, made.clone());
         made
     }

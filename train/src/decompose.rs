@@ -21,7 +21,11 @@ pub fn decompose(model: &Model) -> Result<Model, Refusal> {
         let Some(first) = node.results().next() else { continue };
         emit.name_after(&format!("decomposed/{}", graph.value(first).name()));
         if let Ok(Some(results)) = written_out(&mut emit, node) {
-            made.extend(results.into_iter().filter_map(|(slot, value)| Some((node.output(slot)?, value))));
+            for (slot, new) in results {
+                let Some(old) = node.output(slot) else { continue };
+                emit.replace(old, new);
+                made.push((old, new));
+            }
         }
     }
     for (old, new) in made {

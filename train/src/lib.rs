@@ -223,8 +223,9 @@ fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<(), Refu
     let mut emit = Emitter::new(model, &shapes, &mut patch);
     let one = emit.number(DataType::F32, 1.0);
     let values: Vec<ValueId> = wrt.iter().map(|&(_, value)| value).collect();
-    let found = gradients(&mut emit, &[(graph.outputs()[0], one)], &values, &rule)
-        .map_err(|error| Refusal::Request(error.to_string()))?;
+    let found = gradients(&mut emit, &[(graph.outputs()[0], one)], &values, &rule).map_err(|error| {
+        Refusal::Request(format!("{error}; or leave that parameter as it is: --freeze '{}'", error.of))
+    })?;
     for (parameter, value) in wrt {
         let Some(&gradient) = found.get(&value) else { continue };
         let name = gradient_name(&parameter.name);
