@@ -2,6 +2,7 @@
 
     from trainer import Trainer
     trainer = Trainer("folder")
+    trainer.accumulate({"images": x}, labels)                   # -> loss; of a folder made with --accumulate
     trainer.step({"images": x}, labels, learning_rate=1e-3)     # -> loss
     trainer.evaluate({"images": x}, labels)                     # -> loss, examples that were right
     trainer.save("trained.safetensors")                         # for `vitrim export-weights`
@@ -54,6 +55,11 @@ class Trainer:
             like = parameters[entry["parameter"]]
             start = like if entry["initial"] == "parameter" else np.zeros_like(like)
             self.state[entry["input"]] = self.value(start)
+        self.zeros = {
+            entry["input"]: self.value(np.zeros_like(parameters[entry["parameter"]]))
+            for entry in self.manifest["accumulated"]
+        }
+        self.sums, self.batches = dict(self.zeros), 1
         self.steps = 0
 
     @staticmethod
@@ -69,7 +75,7 @@ class Trainer:
     def run(self, file: str, feeds: dict[str, np.ndarray]) -> dict[str, ort.OrtValue]:
         session = self.session(file)
         names = [output.name for output in session.get_outputs()]
-        known = {**self.state, **{name: self.value(array) for name, array in feeds.items()}}
+        known = {**self.state, **self.sums, **{name: self.value(array) for name, array in feeds.items()}}
         wanted = {entry.name: known[entry.name] for entry in session.get_inputs() if entry.name in known}
         return dict(zip(names, session.run_with_ort_values(names, wanted)))
 
@@ -77,14 +83,23 @@ class Trainer:
         named = self.manifest["labels"]
         return {**inputs, **({named: labels} if named else {})}
 
+    def accumulate(self, inputs: dict[str, np.ndarray], labels: np.ndarray | None) -> float:
+        """Adds the gradients of a batch to those of the next step."""
+        outputs = self.run(self.manifest["graphs"]["accumulate"], self.feeds(inputs, labels))
+        self.sums = {entry["input"]: outputs[entry["output"]] for entry in self.manifest["accumulated"]}
+        self.batches += 1
+        return float(outputs[self.manifest["loss"]].numpy())
+
     def step(self, inputs: dict[str, np.ndarray], labels: np.ndarray | None, learning_rate: float, graph: str | None = None) -> float:
         """One step of the optimizer; `graph` is another than manifest.graphs.train."""
         self.steps += 1
-        scalars = {"learning_rate": np.float32(learning_rate), "step": np.int64(self.steps), "batches": np.float32(1)}
+        scalars = {"learning_rate": np.float32(learning_rate), "step": np.int64(self.steps)}
+        scalars["batches"] = np.float32(self.batches)
         file = graph or self.manifest["graphs"]["train"]
         outputs = self.run(file, {**self.feeds(inputs, labels), **{name: np.array(x) for name, x in scalars.items()}})
         for entry in self.manifest["state"]:
             self.state[entry["input"]] = outputs[entry["output"]]
+        self.sums, self.batches = dict(self.zeros), 1
         return float(outputs[self.manifest["loss"]].numpy())
 
     def evaluate(self, inputs: dict[str, np.ndarray], labels: np.ndarray) -> tuple[float, int]:
