@@ -190,7 +190,9 @@ fn by_head(emit: &mut Emitter, node: &Node, fused: &FusedAttention) -> Result<[(
             _ => {
                 let weight = node.input(1).ok_or("an operand is missing")?;
                 let all = extent(emit, weight, 1)?;
-                let width = node.ints("qkv_hidden_sizes").map_or(all / 3, |sizes| sizes[part]);
+                let stated = node.ints("qkv_hidden_sizes").map(|sizes| sizes.get(part).copied());
+                let width = stated.unwrap_or(Some(all / 3)).filter(|width| (0..=all).contains(width));
+                let width = width.ok_or("its qkv_hidden_sizes are not those of queries, keys and values")?;
                 let columns = emit.slice(weight, 1, from, from + width);
                 (emit.op("MatMul", &[operand, columns]), width)
             }
@@ -204,4 +206,29 @@ fn by_head(emit: &mut Emitter, node: &Node, fused: &FusedAttention) -> Result<[(
         parts.push((emit.transpose(split, &[0, 2, 1, 3]), heads, width / heads));
     }
     parts.try_into().map_err(|_| "it has no three operands".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use vitrim_ir::{DimSpec, GraphBuilder, Tensor, TensorType};
+
+    use super::*;
+
+    #[test]
+    fn sizes_that_a_file_states_are_not_believed() {
+        for sizes in [vec![4], vec![4, 4], vec![4, i64::MAX, 4], vec![-4, 8, 8]] {
+            let dims = Some(vec![DimSpec::Named("n".into()), DimSpec::Known(3), DimSpec::Known(4)]);
+            let ty = TensorType { dtype: DataType::F32, dims };
+            let mut graph = GraphBuilder::new();
+            let x = graph.input("x", Some(&ty));
+            let weight = graph.initializer("w", Tensor::f32s(&[4, 12], &[0.5; 48]));
+            let attributes = [("num_heads", Attribute::Int(2)), ("qkv_hidden_sizes", Attribute::Ints(sizes))];
+            let op = OpType::of("com.microsoft", "Attention");
+            let y = graph.call(op.clone(), "y", vec![Some(x), Some(weight)], &attributes, 1)[0];
+            graph.output("y", y, Some(&ty));
+            let model = graph.into_model(8, &[("", 17), ("com.microsoft", 1)], Vec::new());
+            let left = decompose(&model).unwrap();
+            assert!(left.graph().nodes().all(|(_, node)| node.op == op), "it is left as it is");
+        }
+    }
 }

@@ -110,7 +110,7 @@ pub fn accumulating(gradients: &Model, trained: &[Trained]) -> Result<(Model, Ve
     let mut next = Vec::new();
     for parameter in trained {
         let (gradient, ty) = writer.output(&parameter.gradient)?;
-        let (_, sum) = writer.with_accumulated(parameter, gradient, &ty);
+        let sum = writer.with_accumulated(parameter, gradient, &ty);
         next.push(writer.next(&accumulated(&parameter.name), &parameter.name, false, sum, &ty));
     }
     writer.finish(&trained.iter().map(|one| one.gradient.as_str()).collect::<Vec<_>>(), next)
@@ -127,7 +127,7 @@ pub fn stepping(gradients: &Model, trained: &[Trained], update: &Update) -> Resu
         let (gradient, ty) = writer.output(&parameter.gradient)?;
         let gradient = match batches {
             Some(batches) => {
-                let (_, sum) = writer.with_accumulated(parameter, gradient, &ty);
+                let sum = writer.with_accumulated(parameter, gradient, &ty);
                 writer.op("Div", &parameter.name, &[sum, batches])
             }
             None => gradient,
@@ -282,11 +282,11 @@ impl<'g> Writer<'g> {
         Ok((value, ty))
     }
 
-    /// The input with the gradients of earlier batches, and their sum with this one's.
-    fn with_accumulated(&mut self, parameter: &Trained, gradient: ValueId, ty: &TensorType) -> (ValueId, ValueId) {
+    /// This batch's gradient and those of earlier ones, which are a new input, added up.
+    fn with_accumulated(&mut self, parameter: &Trained, gradient: ValueId, ty: &TensorType) -> ValueId {
         let name = accumulated(&parameter.name);
         let before = self.patch.feed(&name, ty);
-        (before, self.op("Add", &name, &[before, gradient]))
+        self.op("Add", &name, &[before, gradient])
     }
 
     /// What gradients are multiplied by so that their norm is at most `limit`.

@@ -20,10 +20,9 @@ pub struct Stock {
 /// The graphs of a training: with an update a whole step, without one the gradients alone.
 pub fn stock(training: Training, update: Option<&Update>) -> Result<Stock, Refusal> {
     let Training { eval, gradients, last, earlier, heads, parameters, .. } = training;
-    let of_heads: Vec<&String> = [&heads.labels].into_iter().flatten().collect();
     let is_parameter = |name: &str| parameters.iter().any(|parameter| parameter.name == name);
     let inputs = eval.graph().feeds().map(|input| eval.graph().value(input).name().to_owned());
-    let inputs = inputs.filter(|name| !is_parameter(name) && !of_heads.contains(&name)).collect();
+    let inputs = inputs.filter(|name| !is_parameter(name) && heads.labels.as_ref() != Some(name)).collect();
     let trained: Vec<Trained> = parameters
         .iter()
         .filter(|parameter| parameter.trainable)
