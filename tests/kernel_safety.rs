@@ -32,6 +32,13 @@ impl Call<'_> {
         if self.op == "MaskedSoftmax" {
             attributes.push(("eps", Attribute::Float(1e-6)));
         }
+        if self.op == "LayerNormGrad" {
+            attributes.push(("epsilon", Attribute::Float(1e-6)));
+        }
+        if self.op == "AdamW" {
+            let names = ["mean_rate", "variance_rate", "epsilon"];
+            attributes.extend(names.map(|name| (name, Attribute::Float(0.1))));
+        }
         let results = calls.op_with(self.op, "result", &inputs, &attributes, self.results);
         for (at, result) in results.into_iter().enumerate() {
             // Types are left to the operator.
@@ -167,12 +174,35 @@ fn mask_dynamic<'a>() -> Call<'a> {
     Call { op: "ConnectionMaskDynamic", inputs, ints: vec![("protect", 1), ("suffix", 1)], results: 1 }
 }
 
+fn unit_gradient<'a>() -> Call<'a> {
+    let inputs = vec![("x", floats(&[2, 3, 4])), ("dy", floats(&[2, 3, 4]))];
+    Call { op: "GeluGrad", inputs, ints: vec![], results: 1 }
+}
+
+fn softmax_gradient<'a>() -> Call<'a> {
+    let inputs = vec![("y", floats(&[2, 3, 4])), ("dy", floats(&[2, 3, 4]))];
+    Call { op: "SoftmaxGrad", inputs, ints: vec![], results: 1 }
+}
+
+fn norm_gradient<'a>() -> Call<'a> {
+    let inputs = vec![("x", floats(&[2, 3, 4])), ("scale", floats(&[4])), ("dy", floats(&[2, 3, 4]))];
+    Call { op: "LayerNormGrad", inputs, ints: vec![("axis", -1)], results: 3 }
+}
+
+fn step<'a>() -> Call<'a> {
+    let tensors = ["parameter", "gradient", "mean", "variance"].map(|name| (name, floats(&[3, 4])));
+    let scalars = ["kept", "rate", "deviation"].map(|name| (name, filled(&[], 1.0)));
+    let inputs = tensors.into_iter().chain(scalars).collect();
+    Call { op: "AdamW", inputs, ints: vec![], results: 3 }
+}
+
 #[test]
 fn well_formed_calls_run() {
     let scratch = Scratch::new("calls");
     let dynamic = prune_dynamic(indices(&[1], &[5]));
     let of_tokens = [merge(), attention(), score(), prune(), dynamic, assign(), restore(), mean()];
-    for call in of_tokens.into_iter().chain([softmax(), mask(), mask_dynamic()]) {
+    let of_training = [unit_gradient(), softmax_gradient(), norm_gradient(), step()];
+    for call in of_tokens.into_iter().chain([softmax(), mask(), mask_dynamic()]).chain(of_training) {
         call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
     }
 }
@@ -182,6 +212,16 @@ fn malformed_calls_are_errors() {
     let scratch = Scratch::new("malformed");
     let half = |shape: &[usize]| Tensor::from_f64(DType::F16, &ArrayD::zeros(IxDyn(shape)));
     let cases: Vec<(&str, Call)> = vec![
+        ("a gradient of another shape", unit_gradient().with("dy", floats(&[2, 4, 3]))),
+        ("a gradient in float16", unit_gradient().with("dy", half(&[2, 3, 4]))),
+        ("weights of another shape", softmax_gradient().with("y", floats(&[3, 2, 4]))),
+        ("weights without an axis", softmax_gradient().with("y", filled(&[], 1.0)).with("dy", filled(&[], 1.0))),
+        ("a scale of another length", norm_gradient().with("scale", floats(&[3]))),
+        ("a scale of two axes", norm_gradient().with("scale", floats(&[1, 4]))),
+        ("an axis beyond all bounds", norm_gradient().set("axis", i64::MIN)),
+        ("an axis beyond the last", norm_gradient().set("axis", 4)),
+        ("moments of another shape", step().with("variance", floats(&[4, 3]))),
+        ("a learning rate that is no scalar", step().with("rate", floats(&[1]))),
         ("x of rank 2", merge().with("x", floats(&[9, 4]))),
         ("x of rank 4", merge().with("x", floats(&[2, 9, 2, 2]))),
         ("a metric of other tokens", merge().with("metric", floats(&[2, 8, 6]))),

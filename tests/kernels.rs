@@ -6,7 +6,7 @@ use std::cell::{Cell, RefCell};
 
 use common::ops::{Calls, Case, Reference, data_type};
 use common::pruning::Pruning;
-use common::{Scratch, kernels, ort, relative, tract, try_run};
+use common::{Scratch, distance, kernels, ort, relative, tract, try_run};
 use ndarray::{Array3, Array4, ArrayD, Axis, IxDyn};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
@@ -714,4 +714,180 @@ fn prunings_agree() {
     let (body, kernels) = (ort(), kernels());
     let dtypes = &[DType::F32, DType::F16, DType::Bf16];
     check_prunings("prunings", dtypes, &[("body", body.as_ref()), (KERNEL, kernels.as_ref())]);
+}
+
+/// What the operators of training take, without its numbers.
+#[derive(Clone, Debug)]
+struct TrainingPlan {
+    seed: u64,
+    /// Axes, the last of them normalised.
+    shape: Vec<usize>,
+    normalised: usize,
+    /// How far `x` ranges, and what it ranges around.
+    range: f64,
+    centre: f64,
+    step: i32,
+}
+
+fn training_plans() -> impl Strategy<Value = TrainingPlan> {
+    let extent = || prop_oneof![4 => 1..9usize, 1 => 9..70usize];
+    let shape = prop::collection::vec(extent(), 1..4usize);
+    (any::<u64>(), shape, 1..3usize, 0.1..6.0f64, -2.0..2.0f64, 1..1000i32).prop_map(
+        |(seed, shape, normalised, range, centre, step)| {
+            let normalised = normalised.min(shape.len());
+            TrainingPlan { seed, shape, normalised, range, centre, step }
+        },
+    )
+}
+
+impl TrainingPlan {
+    const EPSILON: f32 = 1e-6;
+    const ADAM: [f32; 3] = [0.1, 1e-3, 1e-8];
+
+    fn feeds(&self) -> Feeds {
+        let mut noise = Noise(self.seed);
+        let mut array = |range: f64, centre: f64, shape: &[usize]| {
+            ArrayD::from_shape_simple_fn(IxDyn(shape), || centre + range * noise.next())
+        };
+        let own = &self.shape[self.shape.len() - self.normalised..];
+        let x = array(self.range, self.centre, &self.shape);
+        let mut weights = array(self.range, 0.0, &self.shape);
+        let last = Axis(self.shape.len() - 1);
+        for mut row in weights.lanes_mut(last) {
+            row.mapv_inplace(f64::exp);
+            let total = row.sum();
+            row /= total;
+        }
+        let (decay, rate) = (0.05 * 1e-3, 1e-3 / (1.0 - 0.9f64.powi(self.step)));
+        let scalar = |value: f64| ArrayD::from_elem(IxDyn(&[]), value);
+        let feeds = [
+            ("x", x),
+            ("weights", weights),
+            ("dy", array(1.0, 0.0, &self.shape)),
+            ("scale", array(1.0, 1.0, own)),
+            ("mean", array(0.1, 0.0, &self.shape)),
+            ("variance", array(0.1, 0.2, &self.shape)),
+            ("kept", scalar(1.0 - decay)),
+            ("rate", scalar(rate)),
+            ("deviation", scalar((1.0 - 0.999f64.powi(self.step)).sqrt())),
+        ];
+        feeds.into_iter().map(|(name, array)| (name.to_owned(), Tensor::from_f64(DType::F32, &array))).collect()
+    }
+
+    fn model(&self) -> Model {
+        let mut calls = Calls::new(17);
+        let (rank, own) = (self.shape.len(), self.normalised);
+        let mut input = |name: &str, rank: usize| calls.input(name, DataType::F32, rank);
+        let [x, weights, dy] = ["x", "weights", "dy"].map(|name| input(name, rank));
+        let scale = input("scale", own);
+        let moments = ["mean", "variance"].map(|name| input(name, rank));
+        let scalars = ["kept", "rate", "deviation"].map(|name| input(name, 0));
+        let mut outputs = Vec::new();
+        for name in ["GeluGrad", "TanhGeluGrad"] {
+            outputs.push((name, calls.op_with(name, name, &[x, dy], &[], 1)[0], rank));
+        }
+        outputs.push(("SoftmaxGrad", calls.op_with("SoftmaxGrad", "softmax", &[weights, dy], &[], 1)[0], rank));
+        let attributes = [("axis", Attribute::Int(-(own as i64))), ("epsilon", Attribute::Float(Self::EPSILON))];
+        let norm = calls.op_with("LayerNormGrad", "norm", &[x, scale, dy], &attributes, 3);
+        outputs.extend([("dx", norm[0], rank), ("dscale", norm[1], own), ("dbias", norm[2], own)]);
+        let [mean_rate, variance_rate, epsilon] = Self::ADAM.map(Attribute::Float);
+        let attributes = [("mean_rate", mean_rate), ("variance_rate", variance_rate), ("epsilon", epsilon)];
+        let inputs = [&[x, dy][..], &moments, &scalars].concat();
+        let step = calls.op_with("AdamW", "step", &inputs, &attributes, 3);
+        outputs.extend(["parameter_out", "mean_out", "variance_out"].into_iter().zip(step).map(|(n, v)| (n, v, rank)));
+        outputs.into_iter().for_each(|(name, value, rank)| calls.output(name, value, DataType::F32, rank));
+        calls.model()
+    }
+
+    /// The same in float64, of the numbers that are fed. The derivatives of the units are difference quotients.
+    fn expected(&self, feeds: &Feeds) -> Vec<(&'static str, ArrayD<f64>)> {
+        let get = |name: &str| feeds.get(name).expect("it is fed").to_f64();
+        let [x, weights, dy, scale] = ["x", "weights", "dy", "scale"].map(get);
+        let mut all = Vec::new();
+        let exact = |x: f64| 0.5 * x * (1.0 + erf(x / 2.0f64.sqrt()));
+        let bent = |x: f64| (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3));
+        let tanh = |x: f64| 0.5 * x * (1.0 + bent(x).tanh());
+        // Of the fourth order: what it leaves out is below 1e-10, as is what float64 rounds.
+        let derivative = |unit: &dyn Fn(f64) -> f64, x: f64| {
+            let (near, far) = (unit(x + 1e-3) - unit(x - 1e-3), unit(x + 2e-3) - unit(x - 2e-3));
+            (8.0 * near - far) / 12e-3
+        };
+        all.push(("GeluGrad", x.mapv(|x| derivative(&exact, x)) * &dy));
+        all.push(("TanhGeluGrad", x.mapv(|x| derivative(&tanh, x)) * &dy));
+        let last = Axis(self.shape.len() - 1);
+        let share = (&weights * &dy).sum_axis(last).insert_axis(last);
+        all.push(("SoftmaxGrad", &weights * &(&dy - &share)));
+
+        let columns: usize = self.shape[self.shape.len() - self.normalised..].iter().product();
+        let rows = |array: &ArrayD<f64>| array.to_shape((array.len() / columns, columns)).expect("rows").into_owned();
+        let (x_rows, dy_rows, scale_row) = (rows(&x), rows(&dy), rows(&scale));
+        let mean = |rows: &ndarray::Array2<f64>| rows.mean_axis(Axis(1)).expect("columns").insert_axis(Axis(1));
+        let centred = &x_rows - &mean(&x_rows);
+        let deviation = (mean(&(&centred * &centred)) + f64::from(Self::EPSILON)).mapv(f64::sqrt);
+        let normal = &centred / &deviation;
+        let slope = &dy_rows * &scale_row;
+        let dx = (&slope - &mean(&slope) - &normal * &mean(&(&slope * &normal))) / &deviation;
+        all.push(("dx", dx.into_shape_with_order(x.raw_dim()).expect("as many")));
+        let sum = |rows: ndarray::Array2<f64>| rows.sum_axis(Axis(0)).into_shape_with_order(scale.raw_dim());
+        all.push(("dscale", sum(&dy_rows * &normal).expect("as many")));
+        all.push(("dbias", sum(dy_rows).expect("as many")));
+
+        let [mean_rate, variance_rate, epsilon] = Self::ADAM.map(f64::from);
+        let scalar = |name: &str| *get(name).first().expect("a scalar");
+        let (mean, variance) = (get("mean"), get("variance"));
+        let mean = &mean + &((&dy - &mean) * mean_rate);
+        let variance = &variance + &((&dy * &dy - &variance) * variance_rate);
+        let divisor = variance.mapv(f64::sqrt) / scalar("deviation") + epsilon;
+        all.push(("parameter_out", x * scalar("kept") - &mean / &divisor * scalar("rate")));
+        all.push(("mean_out", mean));
+        all.push(("variance_out", variance));
+        all
+    }
+}
+
+/// The error function, by its series, or where that loses digits by its continued fraction.
+fn erf(x: f64) -> f64 {
+    let size = x.abs();
+    let value = if size < 3.0 {
+        let (mut term, mut sum) = (size, size);
+        for n in 1..100 {
+            term *= -size * size / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        sum * std::f64::consts::FRAC_2_SQRT_PI
+    } else {
+        let fraction = (1..=60).rev().fold(size, |fraction, n| size + f64::from(n) / 2.0 / fraction);
+        1.0 - (-size * size).exp() / (fraction * std::f64::consts::PI.sqrt())
+    };
+    value.copysign(x)
+}
+
+/// GeluGrad, TanhGeluGrad, SoftmaxGrad, LayerNormGrad, AdamW. Errors are relative to the largest entry of the result, or
+/// of what it is a difference of: of derivatives near zero (far below it 1 + tanh has no digits left), and of sums that cancel.
+#[test]
+fn operators_of_training_agree() {
+    let (body, kernels) = (ort(), kernels());
+    let backends: [(&str, &dyn Backend); 2] = [("body", body.as_ref()), (KERNEL, kernels.as_ref())];
+    let scratch = Scratch::new("training");
+    for_all(training_plans(), |plan| {
+        let feeds = plan.feeds();
+        let expected = plan.expected(&feeds);
+        let own: usize = plan.shape[plan.shape.len() - plan.normalised..].iter().product();
+        // Gradients that come in are up to one, and so are weights.
+        let operand = |output: &str| if output == "dx" { 0.0 } else { 1.0 };
+        for (name, outputs) in outputs_of(&backends, &scratch, &plan.model(), &feeds)? {
+            for (output, expected) in &expected {
+                // Of few entries, deviations may be as small as they like.
+                if own < 4 && matches!(*output, "dx" | "dscale") {
+                    continue;
+                }
+                let given = outputs.get(output).expect("an output");
+                prop_assert!(given.shape() == expected.shape(), "{name}, {output}: {:?}", given.shape());
+                let largest = expected.iter().fold(operand(output), |largest: f64, x| largest.max(x.abs()));
+                let apart = distance(&Tensor::from(expected.clone()), given) / largest;
+                prop_assert!(apart <= tolerance(DType::F32), "{name}, {output}: {apart:e} off");
+            }
+        }
+        Ok(())
+    });
 }

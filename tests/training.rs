@@ -10,11 +10,13 @@ use ndarray::{ArrayD, arr0};
 use vitrim::runtime::Feeds;
 use vitrim::tensor::{DType, NamedTensors, Tensor};
 use vitrim_ir::Model;
+use vitrim_passes::driver::prepare;
 use vitrim_passes::recipe::{ExpandSpec, KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::Initial;
 use vitrim_train::optimizer::{Optimizer, Update};
 use vitrim_train::parameters::Parameter;
+use vitrim_train::raise::{gelus, norms};
 use vitrim_train::stock::stock;
 use vitrim_train::{Request, Training, gradient_name};
 
@@ -291,4 +293,52 @@ fn steps_follow_the_gradients() {
         }
     }
     conclude("steps", 6, &failures);
+}
+
+/// How far a model that is put together from larger operators may be from the original, relative to the largest entry: a
+/// few roundings of float32 in each block, of which the exporter's form has as many.
+const RAISED_TOLERANCE: f64 = 1e-5;
+
+/// Norms and Gaussian error linear units of real exports: each model computes what it did, and nothing of them is left
+/// written out.
+#[test]
+fn what_exporters_wrote_out_is_raised() {
+    let scratch = Scratch::new("raised");
+    let (mut count, mut failures, mut all) = (0, Vec::new(), [0, 0]);
+    for entry in zoo() {
+        let model = entry.read();
+        // What is left to test is large; numbers are those of any size.
+        let large = std::fs::metadata(&entry.model).is_ok_and(|file| file.len() > 40 << 20);
+        let Ok((prepared, _)) = prepare(&model) else { continue };
+        let (raised, of_norms) = norms(&prepared).unwrap_or_else(|refusal| panic!("{}: {refusal}", entry.name));
+        let (raised, of_gelus) = gelus(&raised).unwrap_or_else(|refusal| panic!("{}: {refusal}", entry.name));
+        let left = |op: &str| raised.graph().nodes().filter(|(_, node)| node.is(op)).count();
+        println!(
+            "{}: {of_norms} norms, {of_gelus} units; left: {} Erf, {} Tanh, {} Sqrt, opset {}",
+            entry.name,
+            left("Erf"),
+            left("Tanh"),
+            left("Sqrt"),
+            raised.opsets().standard()
+        );
+        if of_norms + of_gelus == 0 || large {
+            continue;
+        }
+        (all[0], all[1]) = (all[0] + of_norms, all[1] + of_gelus);
+        let (path, runtime) = (scratch.save_as("raised", &raised, &entry.model), ort());
+        let session = common::load(runtime.as_ref(), &entry.model);
+        for feeds in entry.feeds(session.as_ref()) {
+            let (before, after) = (run(ort().as_ref(), &entry.model, &feeds), run(ort().as_ref(), &path, &feeds));
+            for name in session.outputs().iter().map(|output| output.name.clone()) {
+                let [before, after] = [&before, &after].map(|outputs| outputs.get(&name).expect("an output"));
+                let apart = relative(before, after);
+                count += 1;
+                if apart > RAISED_TOLERANCE {
+                    failures.push(format!("{}: '{name}' {apart:e} off", entry.name));
+                }
+            }
+        }
+    }
+    println!("{} norms, {} units", all[0], all[1]);
+    conclude("raised", count, &failures);
 }

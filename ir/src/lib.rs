@@ -30,7 +30,7 @@ pub use fused::{FusedAttention, Operands, SkipNorm};
 pub use graph::{Attribute, CONSTANTS_APART, Def, Graph, Node, OpType, OpaqueAttribute, Use, Value};
 pub use id::{NodeId, ValueId};
 pub use inline::{InlineError, inline_functions};
-pub use lift::{LIFTED, LiftError, lift_opset};
+pub use lift::{LIFTED, LiftError, RAISED, lift_opset, raise_opset};
 pub use model::{FileError, Function, Model, Opsets};
 pub use onnx::DecodeError;
 pub use operands::Quantisation;

@@ -9,7 +9,7 @@ mod tests;
 use std::collections::{HashMap, HashSet};
 
 use crate::graph::{Attribute, CONSTANTS_APART, Def, Graph, Names, Node, OpType, Value, legible};
-use crate::onnx::{OperatorSetIdProto, ValueInfo};
+use crate::onnx::ValueInfo;
 use crate::{DataType, Model, NodeId, Shapes, Tensor, ValueId};
 
 /// The oldest version of the standard operator set that models can be lifted from.
@@ -66,10 +66,41 @@ pub fn lift_opset(model: &mut Model) -> Result<bool, LiftError> {
     Lifter { from, ir_version, names: Names::of(&graph) }.graph(&mut graph, &facts, false)?;
     graph.revision += 1;
     model.graph = graph;
-    let entries = &mut model.opsets.0;
-    let standard = |entry: &&mut OperatorSetIdProto| matches!(entry.domain.as_deref(), None | Some("" | "ai.onnx"));
-    entries.iter_mut().filter(standard).for_each(|entry| entry.version = Some(LIFTED));
+    model.opsets.set_standard(LIFTED);
     Ok(true)
+}
+
+/// The version of the standard operator set that [`raise_opset`] goes to: the first with `LayerNormalization`.
+pub const RAISED: i64 = 17;
+
+/// Lets a model that imports a version from [`LIFTED`] on import version [`RAISED`], if it is older; gives whether that is
+/// the version then, or a newer one. Nothing else changes: operators of version 13 mean the same in 17, where element
+/// types were added, attributes whose default is the old meaning, and operators; but for those that [`means_other`] names,
+/// with which a model stays as it is. So does one with local functions, which import a version of their own.
+pub fn raise_opset(model: &mut Model) -> bool {
+    let from = model.opsets.standard();
+    if from >= RAISED {
+        return true;
+    }
+    if from < LIFTED || !model.functions.is_empty() || means_other(&model.graph) {
+        return false;
+    }
+    model.opsets.set_standard(RAISED);
+    true
+}
+
+/// Whether a node, nested ones included, may mean something else in version [`RAISED`] than in [`LIFTED`]: `BatchNormalization`
+/// with the statistics of training among its results, which 14 has in another way, and `RoiAlign`, whose coordinates 16 takes
+/// for others by default.
+fn means_other(graph: &Graph) -> bool {
+    graph.nodes().any(|(_, node)| {
+        let own = match node.standard_op() {
+            Some("BatchNormalization") => node.outputs.len() > 1,
+            Some("RoiAlign") => node.attribute("coordinate_transformation_mode").is_none(),
+            _ => false,
+        };
+        own || node.subgraphs().any(means_other)
+    })
 }
 
 impl Model {

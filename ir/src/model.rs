@@ -44,6 +44,12 @@ impl Opsets {
         }
     }
 
+    /// Lets the standard domain, where it is imported, be of `version`.
+    pub(crate) fn set_standard(&mut self, version: i64) {
+        let standard = |entry: &&mut OperatorSetIdProto| matches!(entry.domain.as_deref(), None | Some("" | "ai.onnx"));
+        self.0.iter_mut().filter(standard).for_each(|entry| entry.version = Some(version));
+    }
+
     /// Imported domains with their versions; the standard domain is `""` also where the file spells it `ai.onnx`.
     pub fn iter(&self) -> impl Iterator<Item = (&str, i64)> {
         self.0.iter().map(|entry| {

@@ -1,22 +1,29 @@
-//! How gradients pass our operators.
+//! How gradients pass our operators, and by one operator of ours those of the standard set that would take many.
 //!
 //! Which tokens go together is constant almost everywhere: similarities, scores and sizes have no gradient, but for the
 //! scores that weigh what is fused. What is left is linear in the tokens, so each rule is the adjoint of a gathering or of
 //! an average. None scatters: runtimes do not agree on scatters that add.
 
-use vitrim_autodiff::{Rule, Undefined, Vjp};
-use vitrim_ir::{DataType, OpType, ValueId};
+use vitrim_autodiff::{Rule, Undefined, Vjp, rules};
+use vitrim_ir::{Attribute, DataType, OpType, ValueId};
 
-use crate::{DOMAIN, OpDef};
-use crate::{masked_softmax, token_absorb, token_mean, token_merge, token_prune, token_restore, token_score};
+use crate::{DOMAIN, OpDef, VERSION};
+use crate::{
+    gelu, layer_norm_grad, masked_softmax, softmax_grad, token_absorb, token_mean, token_merge, token_prune,
+    token_restore, token_score,
+};
 
 pub(crate) type Done = Result<(), Undefined>;
 
-/// How gradients pass an operator of ours. None for those that are differentiated by way of their bodies, to be inlined
-/// before, and for operators of others.
+/// How gradients pass an operator of ours, or of the standard set where an operator of ours is its gradient. None for
+/// those that are differentiated by way of their bodies, to be inlined before, and for all others.
 pub fn gradient_rule(op: &OpType) -> Option<Rule> {
-    if op.domain != DOMAIN {
-        return None;
+    match (op.domain.as_str(), op.name.as_str()) {
+        ("", "LayerNormalization") => return Some(Rule::Vjp(layer_norm_grad::gradient::layer_norm)),
+        ("", "Softmax") => return Some(Rule::Vjp(softmax_grad::gradient::softmax)),
+        ("", "Gelu") | (DOMAIN, "Gelu" | "TanhGelu") => return Some(Rule::Vjp(gelu::gradient::gelu)),
+        (DOMAIN, _) => {}
+        _ => return None,
     }
     Some(match op.name.as_str() {
         "TokenMerge" | "TokenMergeDynamic" => Rule::First(token_merge::gradient::merge),
@@ -39,10 +46,35 @@ pub fn gradient_rule(op: &OpType) -> Option<Rule> {
 
 /// A call of one of our operators.
 pub(crate) fn call(vjp: &mut Vjp, op: &dyn OpDef, inputs: &[ValueId]) -> ValueId {
+    call_with(vjp, op, inputs, &[], 1)[0]
+}
+
+/// A call of one of our operators with attributes and several results.
+pub(crate) fn call_with(
+    vjp: &mut Vjp,
+    op: &dyn OpDef,
+    inputs: &[ValueId],
+    attributes: &[(&str, Attribute)],
+    results: usize,
+) -> Vec<ValueId> {
     let function = op.function(vjp.opset());
     vjp.patch().function(function);
+    vjp.patch().import(DOMAIN, VERSION);
     let inputs: Vec<Option<ValueId>> = inputs.iter().copied().map(Some).collect();
-    vjp.call(op.op_type(), &inputs, &[], 1)[0]
+    vjp.call(op.op_type(), &inputs, attributes, results)
+}
+
+/// By the rule of the standard operator: in standard operators.
+pub(crate) fn written_out(vjp: &mut Vjp) -> Done {
+    match rules::standard(&vjp.node.op) {
+        Rule::Vjp(rule) => rule(vjp),
+        _ => Err("only operators in float32 have a gradient".into()),
+    }
+}
+
+/// Whether a value is float32, the only type of the operators that are gradients.
+pub(crate) fn is_f32(vjp: &Vjp, value: ValueId) -> Result<bool, Undefined> {
+    Ok(vjp.dtype(value)? == DataType::F32)
 }
 
 /// `x` as float32, given a value of the graph of its type.

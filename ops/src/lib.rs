@@ -7,9 +7,12 @@
 //! each slot keeps the place of (−1 for a slot made from scratch), `assign` `[B, N]` the slot of each token (−1 for one
 //! that is dropped).
 //!
+//! Training has operators of its own, which know nothing of tokens: gradients of the standard operators that would take
+//! many, and the steps of optimizers.
+//!
 //! In each folder: `mod.rs` says what the operator is, `body.rs` means it (feature `bodies`), `gradient.rs` says how
-//! gradients pass it (feature `gradients`; `gradient.rs` beside the folders lists them), `cpu.rs` and `cuda.rs` are kernels
-//! (features `cpu`, `cuda`).
+//! gradients pass it, or the operator whose gradient it is (feature `gradients`; `gradient.rs` beside the folders lists
+//! them), `cpu.rs` and `cuda.rs` are kernels (features `cpu`, `cuda`).
 #![deny(unsafe_code)]
 
 pub mod adam_w;
@@ -21,10 +24,14 @@ pub mod connection_mask;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod gelu;
+pub mod gelu_grad;
 #[cfg(feature = "gradients")]
 mod gradient;
 mod heads;
+pub mod layer_norm_grad;
 pub mod masked_softmax;
+pub mod softmax_grad;
 pub mod token_absorb;
 pub mod token_assign;
 pub mod token_expand;
@@ -44,7 +51,11 @@ pub use self::{
     adam_w::AdamW,
     attention::{Attention, ProportionalAttention},
     connection_mask::{ConnectionMask, ConnectionMaskDynamic},
+    gelu::{Gelu, TanhGelu},
+    gelu_grad::{GeluGrad, TanhGeluGrad},
+    layer_norm_grad::LayerNormGrad,
     masked_softmax::MaskedSoftmax,
+    softmax_grad::SoftmaxGrad,
     token_absorb::TokenAbsorb,
     token_assign::TokenAssign,
     token_expand::TokenExpand,
@@ -105,4 +116,10 @@ pub static DEFS: &[&dyn OpDef] = &[
     &ManhattanDistance,
     &TokenExpand,
     &TokenAbsorb,
+    &Gelu,
+    &TanhGelu,
+    &GeluGrad,
+    &TanhGeluGrad,
+    &LayerNormGrad,
+    &SoftmaxGrad,
 ];

@@ -12,6 +12,7 @@ pub mod loss;
 pub mod manifest;
 pub mod optimizer;
 pub mod parameters;
+pub mod raise;
 pub mod stock;
 pub mod weights;
 
@@ -183,17 +184,18 @@ fn of_stage(
     request: &Request,
 ) -> Result<(Model, Heads, Report), Refusal> {
     let options = Options { training: true, force: true, keep_dead: request.keep_dead, ..Options::default() };
-    let (mut reduced, report) = match driver::rewrite(model, recipe, options) {
+    // What exporters wrote out is put together before tokens are reduced (bodies of our operators are of the version of the
+    // operator set that norms need), or after (analyses know no operator of ours that is not theirs).
+    let (raised, _) = raise::norms(model)?;
+    let (mut reduced, report) = match driver::rewrite(&raised, recipe, options) {
         // It trains all the same, whatever it is.
-        Err(Refusal::NotAVit(_) | Refusal::Pinned { .. }) if recipe.passes.is_empty() => {
-            (model.clone(), Report::default())
-        }
+        Err(Refusal::NotAVit(_) | Refusal::Pinned { .. }) if recipe.passes.is_empty() => (raised, Report::default()),
         reduced => reduced?,
     };
     // What has no rule of its own is differentiated by way of its body.
     inline_functions(&mut reduced, |op| gradient_rule(op).is_none())
         .map_err(|error| Refusal::Request(error.to_string()))?;
-    let mut reduced = decompose(&reduced)?;
+    let (mut reduced, _) = raise::gelus(&decompose(&reduced)?)?;
     if let Some(drop_path) = request.drop_path {
         let matrices = parameters.iter().filter(|parameter| parameter.decay).map(|parameter| parameter.name.as_str());
         reduced = drop_path.insert(&reduced, &matrices.collect())?;

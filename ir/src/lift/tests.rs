@@ -460,3 +460,23 @@ fn constants_stop_being_inputs() {
     let fed = Case { replaceable: true, ..case("Clip", 12) }.operand(Tensor::f32(0.0));
     assert_eq!(fed.model().require_ir_version(8), 0);
 }
+
+#[test]
+fn models_are_raised_where_that_changes_no_meaning() {
+    let raised = |case: Case| {
+        let mut model = case.model();
+        let graph = print_graph(model.graph());
+        let done = raise_opset(&mut model);
+        assert_eq!(print_graph(model.graph()), graph);
+        (done, model.opsets().standard())
+    };
+    assert_eq!(raised(case("Softmax", 13)), (true, 17));
+    assert_eq!(raised(case("Gelu", 20)), (true, 20));
+    assert_eq!(raised(case("Softmax", 12)), (false, 12));
+    let norm = || case("BatchNormalization", 13);
+    assert_eq!(raised(norm()), (true, 17));
+    assert_eq!(raised(Case { results: 5, ..norm() }), (false, 13));
+    assert_eq!(raised(case("RoiAlign", 13)), (false, 13));
+    let stated = case("RoiAlign", 16).attribute("coordinate_transformation_mode", text("half_pixel"));
+    assert_eq!(raised(stated), (true, 17));
+}

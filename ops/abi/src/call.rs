@@ -110,13 +110,18 @@ impl<'a> Call<'a> {
 
     /// Operand `at`, which must have this type and rank.
     pub fn input<T: Typed, const RANK: usize>(&self, at: usize) -> Result<Operand<'a, T, RANK>, Failure> {
-        let operand = self.operand(at)?;
-        let shape = extents(&operand).try_into();
+        let shape = self.extents(at)?.try_into();
         let shape = shape.map_err(|shape| format!("operand {at} has shape {shape:?}, and {RANK} axes are wanted"))?;
+        Ok(Operand { shape, data: self.input_flat::<T>(at)?.data, call: PhantomData })
+    }
+
+    /// Operand `at` of any rank, as one list.
+    pub fn input_flat<T: Typed>(&self, at: usize) -> Result<Operand<'a, T, 1>, Failure> {
+        let operand = self.operand(at)?;
         if *operand.data_type() != T::TYPE {
             return Err(format!("operand {at} has elements of type {}, not {}", operand.data_type(), T::TYPE).into());
         }
-        Ok(Operand { shape, data: operand.data_ptr(), call: PhantomData })
+        Ok(Operand { shape: [extents(&operand).iter().product()], data: operand.data_ptr(), call: PhantomData })
     }
 
     /// Operand `at` as bytes, whatever its type.

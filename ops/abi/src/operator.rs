@@ -110,8 +110,8 @@ pub struct Entry {
     pub shapes: Shapes,
     /// Reads the attributes of a node.
     pub create: Create,
-    /// What must be loaded before its kernels run on a GPU.
-    pub kernels: Operator,
+    /// What must be loaded before its kernels run on a GPU; none where it has none there.
+    pub kernels: Option<Operator>,
 }
 
 impl operator::Operator for Entry {
@@ -141,10 +141,10 @@ impl operator::Operator for Entry {
 
     fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<Guarded> {
         let name = self.name;
-        if self.device == Device::Cuda {
+        if let (Device::Cuda, Some(kernels)) = (self.device, self.kernels) {
             // The driver takes its time, and must not while a graph is captured. Where no context is current yet, it
             // happens in the first call; what is wrong with the device is said then.
-            let _ = catch_unwind(|| cuda::prepare(&[self.kernels]));
+            let _ = catch_unwind(|| cuda::prepare(&[kernels]));
         }
         Ok(Guarded { name, compute: guard(name, || (self.create)(context, self.device))? })
     }

@@ -23,7 +23,7 @@ use crate::Heads;
 
 pub(crate) use self::product::{Panels, Rows, Sink, product};
 pub(crate) use self::rank::Rank;
-pub(crate) use self::rows::mean;
+pub(crate) use self::rows::{mean, sum};
 pub(crate) use self::share::{Window, each};
 pub(crate) use self::simd::{Isa, Kernel, MAX_LANES, MAX_PANEL, Simd, exp2, fold};
 pub(crate) use self::softmax::{Softmax, SoftmaxLayout};

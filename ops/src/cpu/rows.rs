@@ -1,6 +1,6 @@
-//! Means of rows.
+//! Means and sums of rows.
 
-use super::{Element, Isa, Kernel, Simd};
+use super::{Element, Isa, Kernel, MAX_LANES, Simd, fold};
 
 /// Writes the weighted mean of some rows of a matrix `[·, C]` to `mean`, `[C]`: the sum of weight · row, in order, over
 /// `total`.
@@ -44,4 +44,22 @@ impl<T: Element, U: Element, M: Iterator<Item = (usize, f32)> + Clone> Kernel fo
             U::narrow(sums, mean);
         }
     }
+}
+
+/// The sum of `term` over the entries of two rows of one length: as many sums as the widest vector has lanes, so that it is
+/// the same on every machine, and compilers see vectors.
+#[inline(always)]
+pub(crate) fn sum(a: &[f32], b: &[f32], term: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = [0.0; MAX_LANES];
+    let (a_parts, b_parts) = (a.chunks_exact(MAX_LANES), b.chunks_exact(MAX_LANES));
+    let rest = a_parts.remainder().iter().zip(b_parts.remainder());
+    for (a, b) in a_parts.zip(b_parts) {
+        for ((lane, &a), &b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += term(a, b);
+        }
+    }
+    for (lane, (&a, &b)) in lanes.iter_mut().zip(rest) {
+        *lane += term(a, b);
+    }
+    fold(&lanes, |a, b| a + b)
 }

@@ -114,6 +114,8 @@ pub(crate) trait Simd: Copy {
     fn sub(self, a: Self::V, b: Self::V) -> Self::V;
     /// a · b.
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a / b.
+    fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// a · b + c, rounded once where the machine can.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The larger; `b` where either is NaN.
@@ -252,6 +254,10 @@ impl<const N: usize> Simd for Portable<N> {
         std::array::from_fn(|i| a[i] * b[i])
     }
     #[inline(always)]
+    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+        std::array::from_fn(|i| a[i] / b[i])
+    }
+    #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // Where there is no such instruction, `mul_add` calls a function.
         let fused = cfg!(any(target_feature = "fma", target_arch = "aarch64"));
@@ -344,7 +350,8 @@ mod x86 {
 
     macro_rules! simd {
         ($set:ident, $vector:ident, lanes $lanes:literal, rows $rows:literal,
-         $splat:ident $load:ident $store:ident $add:ident $sub:ident $mul:ident $fma:ident $max:ident $min:ident,
+         $splat:ident $load:ident $store:ident $add:ident $sub:ident $mul:ident $div:ident
+         $fma:ident $max:ident $min:ident,
          |$a:ident, $b:ident, $x:ident, $y:ident| $where_greater:expr, |$v:ident| $pow2:expr) => {
             // SAFETY, for all of it: the machine has the instructions, as there is a value of the type; slices are at
             // least as long as a vector, as asserted; and pointers are good, as promised.
@@ -379,6 +386,10 @@ mod x86 {
                 #[inline(always)]
                 fn mul(self, a: Self::V, b: Self::V) -> Self::V {
                     unsafe { $mul(a, b) }
+                }
+                #[inline(always)]
+                fn div(self, a: Self::V, b: Self::V) -> Self::V {
+                    unsafe { $div(a, b) }
                 }
                 #[inline(always)]
                 fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
@@ -421,8 +432,8 @@ mod x86 {
     // 16 registers: 12 sums, 2 columns, a factor.
     simd!(
         Avx2, __m256, lanes 8, rows 6,
-        _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_fmadd_ps
-        _mm256_max_ps _mm256_min_ps,
+        _mm256_set1_ps _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_div_ps
+        _mm256_fmadd_ps _mm256_max_ps _mm256_min_ps,
         |a, b, x, y| _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_GT_OQ>(a, b)),
         |v| _mm256_castsi256_ps(_mm256_add_epi32(
             _mm256_slli_epi32::<23>(_mm256_castps_si256(v)),
@@ -433,8 +444,8 @@ mod x86 {
     // 32 registers: 24 sums, 2 columns, a factor; the others are of use to the compiler.
     simd!(
         Avx512, __m512, lanes 16, rows 12,
-        _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_fmadd_ps
-        _mm512_max_ps _mm512_min_ps,
+        _mm512_set1_ps _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_div_ps
+        _mm512_fmadd_ps _mm512_max_ps _mm512_min_ps,
         |a, b, x, y| _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b), y, x),
         |v| _mm512_castsi512_ps(_mm512_add_epi32(
             _mm512_slli_epi32::<23>(_mm512_castps_si512(v)),

@@ -14,7 +14,7 @@ use crate::operator::{Compute, Create, Device, Dim, Entry, Operand, Output, int}
 pub fn entries<T: OnDevice + Element>(device: Device) -> [Entry; 2] {
     let entry = |name, inputs, create: Create| {
         let (outputs, kernels) = (vec![Output::AsFirst], Operator::Attention);
-        Entry { name, device, inputs, outputs, shapes, create, kernels }
+        Entry { name, device, inputs, outputs, shapes, create, kernels: Some(kernels) }
     };
     let operands = [Operand::of(T::TYPE); 3];
     let sized = [&operands[..], &[Operand::of(f32::TYPE)]].concat();

@@ -22,7 +22,7 @@ pub fn entries<T: OnDevice + Element>(device: Device) -> [Entry; 2] {
             outputs: outputs.clone(),
             shapes: |_, inputs| shapes(inputs),
             create: |context, device| create::<T>(context, device, None),
-            kernels,
+            kernels: Some(kernels),
         },
         Entry {
             name: "ConnectionMask",
@@ -34,7 +34,7 @@ pub fn entries<T: OnDevice + Element>(device: Device) -> [Entry; 2] {
                 let said = Static { connections: int(context, "connections")?, slots: int(context, "slots")? };
                 create::<T>(context, device, Some(said))
             },
-            kernels,
+            kernels: Some(kernels),
         },
     ]
 }

@@ -47,6 +47,6 @@ pub fn entry<T: OnDevice + Element>(device: Device) -> Entry {
                 Ok(())
             }))
         },
-        kernels: Operator::MaskedSoftmax,
+        kernels: Some(Operator::MaskedSoftmax),
     }
 }

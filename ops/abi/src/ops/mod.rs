@@ -4,9 +4,13 @@
 //! imports; kernels do not learn which. So an operator that comes to mean something else needs another name: under the
 //! old one, this library would run it as it is here.
 
+mod adam_w;
 mod attention;
 mod connection_mask;
+mod gelu_grad;
+mod layer_norm_grad;
 mod masked_softmax;
+mod softmax_grad;
 mod token_assign;
 mod token_mean;
 mod token_merge;
@@ -39,6 +43,7 @@ pub fn domain() -> ort::Result<OperatorDomain> {
         entries
             .extend(ANY.into_iter().flat_map(|ty| [token_size::entry(device, ty), token_restore::entry(device, ty)]));
     }
+    entries.extend(of_training());
     entries.into_iter().try_fold(OperatorDomain::new("ai.vitrim")?, OperatorDomain::add)
 }
 
@@ -47,4 +52,9 @@ fn of_tokens<T: OnDevice + Element>(device: Device) -> impl Iterator<Item = Entr
     let entries = token_merge::entries::<T>(device).into_iter().chain(attention::entries::<T>(device));
     let entries = entries.chain(token_prune::entries::<T>(device)).chain(connection_mask::entries::<T>(device));
     entries.chain([token_score::entry::<T>(device), token_mean::entry::<T>(device), masked_softmax::entry::<T>(device)])
+}
+
+/// The operators of training, which are in float32 and on the CPU.
+fn of_training() -> impl Iterator<Item = Entry> {
+    gelu_grad::entries().into_iter().chain([layer_norm_grad::entry(), softmax_grad::entry(), adam_w::entry()])
 }

@@ -36,6 +36,6 @@ pub fn entry(device: Device) -> Entry {
                 Ok(())
             }))
         },
-        kernels: Operator::TokenAssign,
+        kernels: Some(Operator::TokenAssign),
     }
 }

@@ -45,6 +45,6 @@ pub fn entry<T: OnDevice + Element>(device: Device) -> Entry {
                 Ok(())
             }))
         },
-        kernels: Operator::TokenMean,
+        kernels: Some(Operator::TokenMean),
     }
 }

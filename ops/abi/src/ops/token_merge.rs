@@ -29,7 +29,7 @@ fn of_metric<T: OnDevice + Element, M: OnDevice + Element>(device: Device) -> [E
             outputs: outputs.clone(),
             shapes: |_, inputs| shapes(inputs, Dim::unknown(), Dim::unknown()),
             create: |context, device| create::<T, M>(context, device, None),
-            kernels,
+            kernels: Some(kernels),
         },
         Entry {
             name: "TokenMerge",
@@ -44,7 +44,7 @@ fn of_metric<T: OnDevice + Element, M: OnDevice + Element>(device: Device) -> [E
                 let said = Static { r: int(context, "r")?, tokens: int(context, "tokens")? };
                 create::<T, M>(context, device, Some(said))
             },
-            kernels,
+            kernels: Some(kernels),
         },
     ]
 }

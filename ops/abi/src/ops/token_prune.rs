@@ -21,7 +21,7 @@ pub fn entries<T: OnDevice + Element>(device: Device) -> [Entry; 2] {
             outputs: outputs.clone(),
             shapes: |_, inputs| shapes(inputs, Dim::unknown()),
             create: |context, device| create::<T>(context, device, None),
-            kernels,
+            kernels: Some(kernels),
         },
         Entry {
             name: "TokenPrune",
@@ -40,7 +40,7 @@ pub fn entries<T: OnDevice + Element>(device: Device) -> [Entry; 2] {
                 let said = Static { keep: int(context, "keep")?, tokens: int(context, "tokens")? };
                 create::<T>(context, device, Some(said))
             },
-            kernels,
+            kernels: Some(kernels),
         },
     ]
 }

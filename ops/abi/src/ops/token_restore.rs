@@ -42,6 +42,6 @@ pub fn entry(device: Device, ty: TensorElementType) -> Entry {
                 Ok(())
             }))
         },
-        kernels: Operator::TokenRestore,
+        kernels: Some(Operator::TokenRestore),
     }
 }

@@ -60,6 +60,6 @@ pub fn entry<T: OnDevice + Element>(device: Device) -> Entry {
                 Ok(())
             }))
         },
-        kernels: Operator::TokenScore,
+        kernels: Some(Operator::TokenScore),
     }
 }

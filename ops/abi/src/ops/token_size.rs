@@ -30,6 +30,6 @@ pub fn entry(device: Device, ty: TensorElementType) -> Entry {
                 Ok(())
             }))
         },
-        kernels: Operator::TokenSize,
+        kernels: Some(Operator::TokenSize),
     }
 }
