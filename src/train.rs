@@ -9,12 +9,12 @@ use anyhow::{Context, Result, bail};
 use vitrim_ir::Model;
 use vitrim_passes::Refusal;
 use vitrim_passes::recipe::{ExpandSpec, PassSpec, Recipe};
+use vitrim_train::artifacts::Artifacts;
 use vitrim_train::drop_path::DropPath;
 use vitrim_train::head::Classes;
 use vitrim_train::loss::Loss;
-use vitrim_train::manifest::Manifest;
 use vitrim_train::optimizer::{Optimizer, Update};
-use vitrim_train::parameters::Selection;
+use vitrim_train::parameters::{Parameter, Selection};
 use vitrim_train::stock::stock;
 use vitrim_train::{Request, Training, weights};
 
@@ -27,6 +27,9 @@ pub struct TrainArgs {
     pub input: PathBuf,
     /// The folder to write; it must not exist, or be empty
     pub output: PathBuf,
+    /// What it is trained with
+    #[arg(long, value_name = "WHICH", default_value = "stock")]
+    pub format: FormatArg,
     /// What to make small: cross-entropy (labels are classes), soft-cross-entropy (labels are distributions: mixup,
     /// distillation), binary-cross-entropy, mse, or output:NAME (a scalar that the model computes itself)
     #[arg(long, value_name = "LOSS", default_value = "cross-entropy")]
@@ -90,9 +93,18 @@ pub struct TrainArgs {
     /// Seed of what is drawn at random: new weights, branches that are left out
     #[arg(long, value_name = "NUMBER", default_value_t = 0)]
     pub seed: u64,
-    /// Print the manifest
+    /// Print the manifest, of the stock format
     #[arg(long)]
     pub json: bool,
+}
+
+/// A set of files on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum FormatArg {
+    /// Any ONNX Runtime: graphs, parameters and a manifest
+    Stock,
+    /// ONNX Runtime Training 1.19.2, in Python, C++ and the browser: its artifacts and checkpoint
+    OrtTraining,
 }
 
 /// A loss on the command line.
@@ -172,6 +184,11 @@ impl TrainArgs {
     }
 
     fn update(&self) -> Result<Option<Update>> {
+        if self.format == FormatArg::OrtTraining {
+            for (option, given) in [("--gradients-only", self.gradients_only), ("--json", self.json)] {
+                anyhow::ensure!(!given, "{option} is of --format stock");
+            }
+        }
         if self.gradients_only {
             return Ok(None);
         }
@@ -210,32 +227,50 @@ pub fn train(args: &TrainArgs) -> Result<ExitCode> {
     let model = Model::read(&args.input)?;
     model.verify().with_context(|| format!("'{}' is not a valid model", args.input.display()))?;
     let training = Training::of(&model, &request).with_context(|| args.input.display().to_string())?;
-    let (notes, parameters) = (training.notes.clone(), training.parameters.clone());
-    let made = stock(training, update.as_ref())?;
+    let (mut notes, parameters) = (training.notes.clone(), training.parameters.clone());
     let folder = Folder::create(&args.output)?;
-    for (name, graph) in &made.graphs {
-        let verified = graph.verify().map_err(|violations| Refusal::Internal(violations.to_string()))?;
-        Model::write(verified, &folder.path(name), &args.input)?;
+    let mut printed = Summary(&parameters, &args.output).to_string();
+    match (args.format, &update) {
+        (FormatArg::OrtTraining, Some(update)) => {
+            let artifacts = Artifacts::new(&training, update)?;
+            artifacts.write(folder.temporary.path(), &args.input)?;
+            notes.extend(artifacts.notes);
+        }
+        _ => {
+            let manifest = write_stock(training, update.as_ref(), &args.input, &folder)?;
+            if args.json {
+                printed = manifest;
+            }
+        }
     }
-    weights::write(&parameters, &folder.path("parameters.safetensors"))?;
-    let manifest = serde_json::to_string_pretty(&made.manifest)? + "\n";
-    std::fs::write(folder.path("manifest.json"), &manifest)?;
     folder.commit()?;
     notes.iter().for_each(|note| eprintln!("note: {note}"));
-    print(if args.json { manifest } else { Summary(&made.manifest, &args.output).to_string() })?;
+    print(printed)?;
     Ok(ExitCode::SUCCESS)
 }
 
+/// Writes what any ONNX Runtime trains with; gives the manifest.
+fn write_stock(training: Training, update: Option<&Update>, input: &Path, folder: &Folder) -> Result<String> {
+    weights::write(&training.parameters, &folder.path("parameters.safetensors"))?;
+    let made = stock(training, update)?;
+    for (name, graph) in &made.graphs {
+        let verified = graph.verify().map_err(|violations| Refusal::Internal(violations.to_string()))?;
+        Model::write(verified, &folder.path(name), input)?;
+    }
+    let manifest = serde_json::to_string_pretty(&made.manifest)? + "\n";
+    std::fs::write(folder.path("manifest.json"), &manifest)?;
+    Ok(manifest)
+}
+
 /// What was written, for people.
-struct Summary<'a>(&'a Manifest, &'a Path);
+struct Summary<'a>(&'a [Parameter], &'a Path);
 
 impl fmt::Display for Summary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(manifest, folder) = self;
-        let size = |shape: &[i64]| shape.iter().product::<i64>();
-        let trained = || manifest.parameters.iter().filter(|parameter| parameter.trainable);
-        let elements: i64 = trained().map(|parameter| size(&parameter.shape)).sum();
-        let (count, all) = (trained().count(), manifest.parameters.len());
+        let Self(parameters, folder) = self;
+        let trained = || parameters.iter().filter(|parameter| parameter.trainable);
+        let elements: usize = trained().map(|parameter| parameter.tensor.len()).sum();
+        let (count, all) = (trained().count(), parameters.len());
         writeln!(f, "trains {count} of {all} parameters, {elements} elements")?;
         writeln!(f, "written to {}", folder.display())
     }

@@ -880,3 +880,36 @@ fn nothing_else_is_left_in_the_folder() {
     assert_eq!(folder.names(), BTreeSet::from(["in.onnx", "out.onnx"].map(str::to_owned)));
     assert!(Path::new(&vit()).exists() && folder.bytes("in.onnx") == fs::read(vit()).expect("the fixture can be read"));
 }
+
+#[test]
+fn train_writes_what_each_runtime_trains_with() {
+    let folder = Folder::new();
+    let files = |name: &str| {
+        let entries = folder.at(name).read_dir().expect("the folder can be listed");
+        let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("it can be listed").file_name().into_string();
+        entries.map(|entry| name(entry).expect("it is UTF-8")).collect::<BTreeSet<_>>()
+    };
+    let out = folder.prints(&["train", &vit(), "stock"]);
+    assert!(out.starts_with("trains ") && out.ends_with("written to stock\n"), "{out}");
+    let expected = ["eval.onnx", "manifest.json", "parameters.safetensors", "train.onnx"].map(str::to_owned);
+    assert_eq!(files("stock"), BTreeSet::from(expected));
+
+    let ort = ["train", &vit(), "ort", "--format", "ort-training"];
+    let with = |more: &[&'static str]| [&ort[..], more].concat();
+    for (more, reason) in [
+        (&["--optimizer", "sgd"][..], "its gradient descent has neither momentum nor weight decay"),
+        (&["--ema", "0.9"], "it keeps no running means of parameters"),
+        (&["--gradients-only"], "--gradients-only is of --format stock"),
+        (&["--json"], "--json is of --format stock"),
+    ] {
+        let told = folder.refuses(&with(more));
+        assert!(told.contains(reason), "{told}");
+    }
+    let output = folder.run(&with(&["--accumulate"]));
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert_eq!(text(&output.stdout), out.replace("to stock", "to ort"));
+    let notes = text(&output.stderr);
+    assert_eq!(notes.matches("note: ONNX Runtime Training ").count(), 2, "{notes}");
+    let expected = ["checkpoint", "eval_model.onnx", "optimizer_model.onnx", "training_model.onnx"].map(str::to_owned);
+    assert_eq!(files("ort"), BTreeSet::from(expected));
+}

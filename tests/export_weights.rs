@@ -110,13 +110,15 @@ fn model() -> std::path::PathBuf {
 /// From `vitrim train` to `vitrim export-weights` and back to the model that was given.
 #[test]
 fn weights_that_were_not_trained_give_the_model_back() {
-    let folder = Folder::new();
-    let (trained, exported) = (folder.at("trained"), folder.at("exported.onnx"));
-    let output = vitrim(&[Path::new("train"), &model(), &trained]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let output = vitrim(&[Path::new("export-weights"), &trained.join("parameters.safetensors"), &model(), &exported]);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert_eq!(Model::read(&exported).expect("a model"), Model::read(&model()).expect("a model"));
+    for (format, file) in [("stock", "parameters.safetensors"), ("ort-training", "checkpoint")] {
+        let folder = Folder::new();
+        let (trained, exported) = (folder.at("trained"), folder.at("exported.onnx"));
+        let output = vitrim(&[Path::new("train"), &model(), &trained, Path::new("--format"), Path::new(format)]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let output = vitrim(&[Path::new("export-weights"), &trained.join(file), &model(), &exported]);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(Model::read(&exported).expect("a model"), Model::read(&model()).expect("a model"));
+    }
 }
 
 /// What is no checkpoint, or not of this model: exit code 2, the reason in one line, nothing written.
@@ -133,6 +135,7 @@ fn broken_checkpoints_are_refused() {
     weights::write(&wrong, &folder.at("shape")).expect("the folder can be written");
     folder.write("empty", "");
     folder.write("onnx", std::fs::read(model()).expect("a model"));
+    folder.write("artifact", b"\xff\0\0\0ODTC");
     folder.write("cut", &good[..good.len() / 2]);
     folder.write("longer", [&good[..], &[0; 8]].concat());
     folder.write("huge", [&u64::MAX.to_le_bytes()[..], b"{}"].concat());
@@ -142,8 +145,9 @@ fn broken_checkpoints_are_refused() {
     let first = &parameters[0].name;
     for (name, reason) in [
         ("absent", "cannot read"),
-        ("empty", "no safetensors file"),
-        ("onnx", "no safetensors file"),
+        ("empty", "neither a safetensors file nor a checkpoint"),
+        ("onnx", "neither a safetensors file nor a checkpoint"),
+        ("artifact", "malformed"),
         ("cut", "malformed"),
         ("longer", "malformed"),
         ("huge", "malformed"),

@@ -30,6 +30,14 @@ impl GraphBuilder {
         id
     }
 
+    /// A graph input that is a sequence of tensors of type `ty`.
+    pub fn sequence_input(&mut self, name: &str, ty: &TensorType) -> ValueId {
+        let id = self.value(name, Def::Input);
+        self.graph.value_mut(id).info = Some(ValueInfo::of_sequence(ty));
+        self.graph.inputs.push(id);
+        id
+    }
+
     /// An initializer. Functions cannot have any: see [`GraphBuilder::tensor`].
     pub fn initializer(&mut self, hint: &str, tensor: Tensor) -> ValueId {
         let id = self.value(hint, Def::Initializer(tensor));

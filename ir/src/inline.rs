@@ -415,7 +415,7 @@ fn leave_out(graph: &mut Graph, gone: ValueId) -> bool {
 }
 
 /// Whether a node of the standard domain means the same in two versions of it. Where that is not known, it does not.
-fn same_meaning(node: &Node, from: i64, to: i64) -> bool {
+pub(crate) fn same_meaning(node: &Node, from: i64, to: i64) -> bool {
     let (low, high) = (from.min(to), from.max(to));
     let Ok(at) = MEANINGS.binary_search_by_key(&node.op.name.as_str(), |entry| entry.0) else { return false };
     let (_, introduced, changed) = MEANINGS[at];
@@ -440,7 +440,8 @@ const NEWEST: i64 = 28;
 #[rustfmt::skip]
 const MEANINGS: &[(&str, i64, &[i64])] = &[
     ("Abs", 11, &[]), ("Add", 11, &[]), ("And", 11, &[]), ("ArgMax", 11, &[]), ("Attention", 23, &[24]),
-    ("BatchNormalization", 11, &[14]), ("Cast", 11, &[]), ("CastLike", 15, &[]), ("Celu", 12, &[]), ("Clip", 11, &[]),
+    ("BatchNormalization", 11, &[14]), ("Cast", 11, &[]), ("CastLike", 15, &[]), ("Ceil", 11, &[]),
+    ("Celu", 12, &[]), ("Clip", 11, &[]),
     ("Concat", 11, &[]), ("ConcatFromSequence", 11, &[]), ("Constant", 11, &[]), ("ConstantOfShape", 11, &[]),
     ("Conv", 11, &[]), ("Cos", 11, &[]), ("CumSum", 11, &[]), ("DequantizeLinear", 11, &[]), ("Div", 11, &[]),
     ("Dropout", 11, &[12]), ("Einsum", 12, &[]), ("Elu", 11, &[]), ("Equal", 11, &[]), ("Erf", 11, &[]),
@@ -449,7 +450,8 @@ const MEANINGS: &[(&str, i64, &[i64])] = &[
     ("GlobalAveragePool", 11, &[]), ("Greater", 11, &[]), ("GreaterOrEqual", 12, &[]),
     ("GroupNormalization", 18, &[21]), ("HardSigmoid", 11, &[]), ("HardSwish", 14, &[]), ("Identity", 11, &[]),
     ("If", 11, &[]), ("InstanceNormalization", 11, &[]), ("IsNaN", 11, &[]), ("LayerNormalization", 17, &[]),
-    ("LeakyRelu", 11, &[]), ("Less", 11, &[]), ("LessOrEqual", 12, &[]), ("Log", 11, &[]), ("Loop", 11, &[]),
+    ("LeakyRelu", 11, &[]), ("Less", 11, &[]), ("LessOrEqual", 12, &[]), ("Log", 11, &[]),
+    ("LogSoftmax", 11, &[13]), ("Loop", 11, &[]),
     ("MatMul", 11, &[]), ("Max", 11, &[]), ("Min", 11, &[]), ("Mish", 18, &[]), ("Mod", 11, &[]), ("Mul", 11, &[]),
     ("Neg", 11, &[]), ("NonZero", 11, &[]), ("Not", 11, &[]), ("OneHot", 11, &[]), ("Or", 11, &[]),
     ("PRelu", 11, &[]), ("Pad", 11, &[18]), ("Pow", 11, &[]), ("QuantizeLinear", 11, &[]),
@@ -458,7 +460,7 @@ const MEANINGS: &[(&str, i64, &[i64])] = &[
     ("ReduceSum", 11, &[13]), ("Relu", 11, &[]), ("Reshape", 11, &[]), ("Resize", 11, &[13, 18, 19]),
     ("RotaryEmbedding", 23, &[]), ("Round", 11, &[]), ("Scan", 11, &[]), ("SequenceAt", 11, &[]),
     ("SequenceConstruct", 11, &[]), ("SequenceEmpty", 11, &[]), ("SequenceInsert", 11, &[]),
-    ("SequenceLength", 11, &[]), ("Shape", 11, &[]), ("Sigmoid", 11, &[]), ("Sin", 11, &[]), ("Size", 11, &[]),
+    ("SequenceLength", 11, &[]), ("Shape", 11, &[]), ("Sigmoid", 11, &[]), ("Sign", 11, &[]), ("Sin", 11, &[]), ("Size", 11, &[]),
     ("Slice", 11, &[]), ("Softmax", 11, &[13]), ("Softplus", 11, &[]), ("Split", 11, &[13, 18]),
     ("SplitToSequence", 11, &[]), ("Sqrt", 11, &[]), ("Squeeze", 11, &[13]), ("Sub", 11, &[]), ("Sum", 11, &[]),
     ("SwiGLU", 28, &[]), ("Swish", 24, &[]), ("Tanh", 11, &[]), ("Tile", 11, &[]), ("TopK", 11, &[]),

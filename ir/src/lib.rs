@@ -13,6 +13,7 @@ mod graph;
 mod id;
 mod inline;
 mod lift;
+mod lower;
 mod model;
 mod onnx;
 mod operands;
@@ -31,6 +32,7 @@ pub use graph::{Attribute, CONSTANTS_APART, Def, Graph, Node, OpType, OpaqueAttr
 pub use id::{NodeId, ValueId};
 pub use inline::{InlineError, inline_functions};
 pub use lift::{LIFTED, LiftError, RAISED, lift_opset, raise_opset};
+pub use lower::LowerError;
 pub use model::{FileError, Function, Model, Opsets};
 pub use onnx::DecodeError;
 pub use operands::Quantisation;

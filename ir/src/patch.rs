@@ -27,6 +27,7 @@ pub struct Patch {
     gone_outputs: Vec<usize>,
     externalised: Vec<(ValueId, String)>,
     refilled: Vec<(ValueId, Tensor)>,
+    renamed: Vec<(ValueId, String)>,
     attributes: Vec<(NodeId, String, Attribute)>,
     types: Vec<(ValueId, ValueInfo)>,
     forgotten: Vec<ValueId>,
@@ -104,6 +105,7 @@ impl Patch {
             gone_outputs: Vec::new(),
             externalised: Vec::new(),
             refilled: Vec::new(),
+            renamed: Vec::new(),
             attributes: Vec::new(),
             types: Vec::new(),
             forgotten: Vec::new(),
@@ -126,6 +128,7 @@ impl Patch {
             self.gone_outputs.len(),
             self.externalised.len(),
             self.refilled.len(),
+            self.renamed.len(),
             self.attributes.len(),
         ];
         let notes =
@@ -282,9 +285,15 @@ impl Patch {
         self.refilled.push((value, tensor));
     }
 
-    /// Makes an initializer, or an input that may be left out, a graph input of that name which has to be fed.
+    /// Makes an initializer, or an input that may be left out, a graph input of that name which has to be fed. Such inputs
+    /// come last, in the order of the calls.
     pub fn externalise(&mut self, value: ValueId, name: &str) {
         self.externalised.push((value, name.into()));
+    }
+
+    /// Gives a graph input that has to be fed another name.
+    pub fn rename_input(&mut self, value: ValueId, name: &str) {
+        self.renamed.push((value, name.into()));
     }
 
     /// Adds a local function unless the model has the same one.
@@ -422,15 +431,20 @@ impl Patch {
         for (id, name) in std::mem::take(&mut self.externalised) {
             self.make_input(graph, id, name)?;
         }
+        for (id, name) in std::mem::take(&mut self.renamed) {
+            if self.existing(graph, id)?.def != Def::Input {
+                return Err(self.missing(format!("an input {id}")));
+            }
+            self.check_name(graph, id, &name)?;
+            graph.value_mut(id).name = name;
+        }
         let gone: BTreeSet<usize> = std::mem::take(&mut self.gone_outputs).into_iter().collect();
         for slot in gone.into_iter().rev() {
             self.remove_output_at(graph, slot)?;
         }
         for (name, value, ty) in std::mem::take(&mut self.new_outputs) {
             self.check_output(graph, value, &name)?;
-            if graph.value(value).name != name && has_value_named(graph, &name) {
-                return Err(PatchError::Name { pass: self.pass, name });
-            }
+            self.check_name(graph, value, &name)?;
             graph.outputs.push(value);
             graph.declared.retain(|&declared| declared != value);
             let value = graph.value_mut(value);
@@ -466,14 +480,11 @@ impl Patch {
         let (Def::Initializer(tensor) | Def::Default(tensor)) = &value.def else {
             return Err(self.missing(format!("an initializer {id}")));
         };
-        if value.name != name && has_value_named(graph, &name) {
-            return Err(PatchError::Name { pass: self.pass.clone(), name });
-        }
         let info = ValueInfo::of(&tensor.ty());
+        self.check_name(graph, id, &name)?;
         graph.initializers.retain(|&initializer| initializer != id);
-        if !graph.inputs.contains(&id) {
-            graph.inputs.push(id);
-        }
+        graph.inputs.retain(|&input| input != id);
+        graph.inputs.push(id);
         let value = graph.value_mut(id);
         (value.name, value.def, value.info) = (name, Def::Input, Some(info));
         Ok(())
@@ -548,6 +559,14 @@ impl Patch {
             }
         }
         node.captures = node.read_by_nested();
+        Ok(())
+    }
+
+    /// Refuses to give a value the name of another.
+    fn check_name(&self, graph: &Graph, id: ValueId, name: &str) -> Result<(), PatchError> {
+        if graph.value(id).name != name && has_value_named(graph, name) {
+            return Err(PatchError::Name { pass: self.pass.clone(), name: name.into() });
+        }
         Ok(())
     }
 
@@ -882,6 +901,30 @@ mod tests {
         let dims = shapes.dims(value(&edited, "reshaped")).unwrap();
         assert!(dims.len() == 2 && dims.iter().all(|dim| dim.as_known().is_none()), "{dims:?}");
         assert!(!shapes.is_data(value(&edited, "w")));
+    }
+
+    #[test]
+    fn inputs_are_renamed_in_place() {
+        let model = nested();
+        let mut patch = Patch::new(&model, "test");
+        patch.rename_input(value(&model, "c"), "condition");
+        assert!(!patch.is_empty());
+        let (edited, _) = apply(patch, &model);
+        let names: Vec<&str> = edited.graph().inputs().iter().map(|&id| edited.graph().value(id).name()).collect();
+        assert_eq!(names, ["condition", "x"]);
+        // Nested graphs read it by its new name.
+        assert!(edited.lines().contains(&"  e = If(condition)".into()));
+
+        let refused_name = |to: &str| {
+            let mut patch = Patch::new(&model, "test");
+            patch.rename_input(value(&model, "c"), to);
+            refused(patch, &model)
+        };
+        assert_eq!(refused_name("y"), "pass 'test': the name 'y' is taken");
+        assert_eq!(refused_name("d"), "pass 'test': the name 'd' is taken");
+        let mut patch = Patch::new(&model, "test");
+        patch.rename_input(value(&model, "a"), "b");
+        assert!(refused(patch, &model).contains("an input"));
     }
 
     #[test]

@@ -119,6 +119,21 @@ impl Tensor {
         Self { proto: Arc::new(proto), external: None }
     }
 
+    /// A tensor of little-endian elements, which are shared; none where these are not as many bytes as `dims` ask for.
+    pub fn from_raw(dtype: DataType, dims: &[i64], raw: Bytes) -> Option<Self> {
+        let len = dims.iter().try_fold(1u64, |len, &dim| len.checked_mul(u64::try_from(dim).ok()?))?;
+        if len.checked_mul(dtype.bits()?)?.div_ceil(8) != raw.len() as u64 {
+            return None;
+        }
+        let proto = TensorProto {
+            dims: dims.to_vec(),
+            data_type: Some(dtype.code()),
+            raw_data: Some(raw),
+            ..Default::default()
+        };
+        Some(Self { proto: Arc::new(proto), external: None })
+    }
+
     /// A tensor of 64-bit integers; `dims` must multiply to `elements.len()`.
     pub fn i64s(dims: &[usize], elements: &[i64]) -> Self {
         assert_eq!(dims.iter().product::<usize>(), elements.len());

@@ -5,6 +5,7 @@
 
 pub mod expansion;
 pub mod ops;
+pub mod ort_training;
 pub mod pruning;
 pub mod vectors;
 

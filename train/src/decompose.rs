@@ -1,4 +1,5 @@
-//! Fused operators of ONNX Runtime, written out: what they compute in one go is differentiated piece by piece.
+//! Fused operators written out: those of ONNX Runtime, so that what they compute in one go is differentiated piece by piece,
+//! and attention of the standard set for readers that do not know it.
 
 use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
@@ -10,14 +11,32 @@ use vitrim_passes::Refusal;
 
 use crate::internal;
 
-/// The model with fused operators written out. One that cannot be is left as it is: where a gradient has to pass, that says
+/// Which operators are written out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fused {
+    /// Those of ONNX Runtime, which have no rules.
+    OfOnnxRuntime,
+    /// `Attention` of the standard set, which opset 23 brought.
+    StandardAttention,
+}
+
+impl Fused {
+    fn has(self, op: &OpType) -> bool {
+        match self {
+            Self::OfOnnxRuntime => op.domain == "com.microsoft",
+            Self::StandardAttention => *op == OpType::standard("Attention"),
+        }
+    }
+}
+
+/// The model with such operators written out. One that cannot be is left as it is: where a gradient has to pass, that says
 /// why it does not.
-pub fn decompose(model: &Model) -> Result<Model, Refusal> {
+pub fn decompose(model: &Model, fused: Fused) -> Result<Model, Refusal> {
     let (graph, shapes) = (model.graph(), Shapes::infer(model));
     let mut patch = Patch::new(model, "decompose");
     let mut emit = Emitter::new(model, &shapes, &mut patch);
     let mut made = Vec::new();
-    for (_, node) in graph.nodes() {
+    for (_, node) in graph.nodes().filter(|(_, node)| fused.has(&node.op)) {
         let Some(first) = node.results().next() else { continue };
         emit.name_after(&format!("decomposed/{}", graph.value(first).name()));
         if let Ok(Some(results)) = written_out(&mut emit, node) {
@@ -39,10 +58,6 @@ pub fn decompose(model: &Model) -> Result<Model, Refusal> {
 
 /// What stands for the results of a node, by slot; none of an operator that is not fused.
 fn written_out(emit: &mut Emitter, node: &Node) -> Result<Option<Vec<(usize, ValueId)>>, Undefined> {
-    // The standard ones have rules.
-    if node.op.domain != "com.microsoft" {
-        return Ok(None);
-    }
     let operand = |slot: usize| node.input(slot).ok_or(Undefined::from("an operand is missing"));
     if let Some(fused) = FusedAttention::of(emit.graph, node) {
         return attention(emit, node, &fused).map(|result| Some(vec![(0, result)]));
@@ -227,7 +242,7 @@ mod tests {
             let y = graph.call(op.clone(), "y", vec![Some(x), Some(weight)], &attributes, 1)[0];
             graph.output("y", y, Some(&ty));
             let model = graph.into_model(8, &[("", 17), ("com.microsoft", 1)], Vec::new());
-            let left = decompose(&model).unwrap();
+            let left = decompose(&model, Fused::OfOnnxRuntime).unwrap();
             assert!(left.graph().nodes().all(|(_, node)| node.op == op), "it is left as it is");
         }
     }

@@ -6,8 +6,8 @@ use vitrim_ir::{Graph, Model, NodeId, Patch, Tensor, ValueId};
 use vitrim_passes::{Refusal, driver};
 
 use crate::head::{self, Classes};
-use crate::internal;
 use crate::parameters::{Parameter, Place, Separated, held, separate};
+use crate::{internal, is_read};
 
 /// Which weights are taken, and for which head.
 #[derive(Clone, Debug, Default)]
@@ -50,35 +50,34 @@ pub fn export(model: &Model, checkpoint: &BTreeMap<String, Tensor>, choice: &Cho
         None => Ok(model.clone()),
     };
     let separated = separate(&with_head(&prepared)?)?;
-    let weights = select(&separated.parameters, checkpoint, choice)?;
+    let (weights, kept) = select(&separated, checkpoint, choice)?;
     let in_place = || with_head(model).ok().and_then(|original| refill_in_place(&original, &separated, &weights));
     let parameters = weights.len();
     if let Some(model) = in_place() {
-        return Ok(Exported { model, parameters, notes: Vec::new() });
+        return Ok(Exported { model, parameters, notes: Vec::from_iter(kept) });
     }
     let model = refill(&separated, &weights)?;
-    let notes = vec![
-        "the model's constants are not where its parameters are: it is written as the training graphs have it, with local \
-         functions inlined and operators lifted"
-            .into(),
-    ];
-    Ok(Exported { model, parameters, notes })
+    let note = "the model's constants are not where its parameters are: it is written as the training graphs have it, with \
+                local functions inlined and operators lifted";
+    Ok(Exported { model, parameters, notes: kept.into_iter().chain([note.into()]).collect() })
 }
 
-/// What each parameter becomes.
+/// What each parameter becomes. Those that the judged output does not depend on are in no checkpoint and stay as they are,
+/// which a note says.
 fn select(
-    parameters: &[Parameter],
+    Separated { model, parameters, .. }: &Separated,
     checkpoint: &BTreeMap<String, Tensor>,
     choice: &Choice,
-) -> Result<Vec<Tensor>, Refusal> {
+) -> Result<(Vec<Tensor>, Option<String>), Refusal> {
     let refuse = |reason: String| Err(Refusal::Request(reason));
     let mean_of = |name: &str| checkpoint.get(&format!("{name}.ema"));
     if choice.ema && !parameters.iter().any(|parameter| mean_of(&parameter.name).is_some()) {
         return refuse("the checkpoint holds no running means (NAME.ema)".into());
     }
     let find = |name: &str| mean_of(name).filter(|_| choice.ema).or_else(|| checkpoint.get(name));
-    let missing: Vec<&str> =
-        parameters.iter().map(|one| one.name.as_str()).filter(|name| find(name).is_none()).collect();
+    let missing = parameters.iter().map(|one| one.name.as_str()).filter(|name| find(name).is_none());
+    let judged = judged(model, choice.output.as_deref())?;
+    let (missing, kept): (Vec<&str>, Vec<&str>) = missing.partition(|name| is_read(name, judged.graph()));
     if let Some(first) = missing.first() {
         let more = if missing.len() > 1 { format!(", nor {} others", missing.len() - 1) } else { String::new() };
         let has: Vec<&str> = checkpoint.keys().take(5).map(String::as_str).collect();
@@ -86,7 +85,7 @@ fn select(
     }
     let mut weights = Vec::with_capacity(parameters.len());
     for Parameter { name, tensor, .. } in parameters {
-        let Some(weight) = find(name) else { continue };
+        let weight = find(name).unwrap_or(tensor);
         if weight.dtype() != tensor.dtype() {
             return refuse(format!(
                 "'{name}' is {} in the checkpoint and {} in the model",
@@ -101,7 +100,20 @@ fn select(
         }
         weights.push(weight.clone());
     }
-    Ok(weights)
+    let kept = (!kept.is_empty()).then(|| format!("as before, since they are not trained: {}", kept.join(", ")));
+    Ok((weights, kept))
+}
+
+/// The part of a model that gives one of its outputs.
+fn judged(model: &Model, output: Option<&str>) -> Result<Model, Refusal> {
+    let graph = model.graph();
+    let mut patch = Patch::new(model, "judged");
+    for (slot, &value) in graph.outputs().iter().enumerate() {
+        if output.map_or(slot > 0, |output| graph.value(value).name() != output) {
+            patch.remove_output(slot);
+        }
+    }
+    Ok(patch.apply(model).map_err(internal)?.0)
 }
 
 /// The separated model with other parameters.

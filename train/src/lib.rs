@@ -1,9 +1,11 @@
 //! Training graphs: a model's parameters, a loss, its gradients and an optimizer.
 //!
 //! [`Training::of`] takes a model apart: [`parameters`] become inputs, a [`loss`] is put on its output, the gradients are
-//! written beside it. [`stock`] makes files of that which any ONNX Runtime trains.
+//! written beside it. [`stock`] makes files of that which any ONNX Runtime trains, [`artifacts`] those that ONNX Runtime
+//! Training knows.
 #![forbid(unsafe_code)]
 
+pub mod artifacts;
 mod decompose;
 pub mod drop_path;
 pub mod export;
@@ -19,13 +21,13 @@ pub mod weights;
 use std::collections::{HashMap, HashSet};
 
 use vitrim_autodiff::{Emitter, Rule, gradients, rules};
-use vitrim_ir::{DataType, Model, OpType, Patch, Shapes, ValueId, inline_functions};
+use vitrim_ir::{DataType, Graph, Model, OpType, Patch, Shapes, ValueId, inline_functions};
 use vitrim_ops::gradient_rule;
 use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, FUNCTIONS_SINCE, Options, Report};
 use vitrim_passes::recipe::{PassSpec, Recipe};
 
-use crate::decompose::decompose;
+use crate::decompose::{Fused, decompose};
 use crate::drop_path::DropPath;
 use crate::head::Classes;
 use crate::loss::{Heads, Loss, declared};
@@ -100,10 +102,11 @@ pub struct Stage {
     pub gradients: Model,
 }
 
-/// The graphs that every format is made of. Parameters are inputs of both, under the same names and in the same order.
+/// The graphs that every format is made of. All parameters are inputs of both, the last ones, under the same names and in
+/// the same order.
 #[derive(Debug)]
 pub struct Training {
-    /// Loss and outputs of the model as it was.
+    /// Loss and outputs of the model as it was, without dropout.
     pub eval: Model,
     /// Loss, outputs and gradients; in the last stage where there are several.
     pub gradients: Model,
@@ -151,8 +154,14 @@ impl Training {
         request.selection.apply(&mut parameters)?;
         let mut stages = Vec::new();
         for (of, recipe) in request.stages()? {
-            let (gradients, heads, report) = of_stage(&model, &parameters, &recipe, request)?;
-            stages.push((Stage { of, gradients }, heads, report));
+            let (forward, heads, report) = of_stage(&model, &parameters, &recipe, request)?;
+            stages.push((Stage { of, gradients: forward }, heads, report));
+        }
+        let (eval, _) = loss::attach(&without_dropout(&model)?, &request.loss, request.output.as_deref())?;
+        let forwards = stages.iter().map(|(stage, ..)| &stage.gradients);
+        notes.extend(retain_common(&mut parameters, forwards.chain([&eval])));
+        for (stage, ..) in &mut stages {
+            differentiate(&mut stage.gradients, &parameters)?;
         }
         let Some((Stage { of: last, gradients }, heads, report)) = stages.pop() else {
             return Err(internal("a training without a stage"));
@@ -166,7 +175,6 @@ impl Training {
             return Err(Refusal::Request("the loss depends on no parameter that is to be trained".into()));
         }
         notes.extend(report.notes.iter().cloned());
-        let (eval, _) = loss::attach(&model, &request.loss, request.output.as_deref())?;
         let [eval, gradients] = [eval, gradients].map(|graph| expose(&graph, &parameters));
         let expose = |(stage, ..): (Stage, Heads, Report)| {
             Ok(Stage { gradients: expose(&stage.gradients, &parameters)?, of: stage.of })
@@ -176,7 +184,7 @@ impl Training {
     }
 }
 
-/// Loss and gradients of a model with these passes, its parameters still constants.
+/// Loss of a model with these passes, its parameters still constants.
 fn of_stage(
     model: &Model,
     parameters: &[Parameter],
@@ -195,14 +203,49 @@ fn of_stage(
     // What has no rule of its own is differentiated by way of its body.
     inline_functions(&mut reduced, |op| gradient_rule(op).is_none())
         .map_err(|error| Refusal::Request(error.to_string()))?;
-    let (mut reduced, _) = raise::gelus(&decompose(&reduced)?)?;
+    let (mut reduced, _) = raise::gelus(&decompose(&reduced, Fused::OfOnnxRuntime)?)?;
     if let Some(drop_path) = request.drop_path {
         let matrices = parameters.iter().filter(|parameter| parameter.decay).map(|parameter| parameter.name.as_str());
         reduced = drop_path.insert(&reduced, &matrices.collect())?;
     }
-    let (mut gradients, heads) = loss::attach(&reduced, &request.loss, request.output.as_deref())?;
-    differentiate(&mut gradients, parameters)?;
-    Ok((gradients, heads, report))
+    let (forward, heads) = loss::attach(&reduced, &request.loss, request.output.as_deref())?;
+    Ok((forward, heads, report))
+}
+
+/// The model as it infers: an export for training has dropout that acts.
+fn without_dropout(model: &Model) -> Result<Model, Refusal> {
+    let mut patch = Patch::new(model, "evaluation");
+    for (id, node) in model.graph().nodes() {
+        if node.is("Dropout") && node.input(TRAINING_MODE).is_some() {
+            patch.clear_input(id, TRAINING_MODE);
+        }
+    }
+    Ok(patch.apply(model).map_err(internal)?.0)
+}
+
+/// The operand of `Dropout` that says whether it acts.
+const TRAINING_MODE: usize = 2;
+
+/// Leaves those parameters that all graphs read, so that these have the same inputs; the others stay constants, which a
+/// note says.
+fn retain_common<'a>(
+    parameters: &mut Vec<Parameter>,
+    graphs: impl IntoIterator<Item = &'a Model> + Clone,
+) -> Option<String> {
+    let is_common =
+        |parameter: &mut Parameter| graphs.clone().into_iter().all(|model| is_read(&parameter.name, model.graph()));
+    let rest: Vec<String> = parameters.extract_if(.., |one| !is_common(one)).map(|one| one.name).collect();
+    (!rest.is_empty()).then(|| {
+        format!(
+            "no parameters, since the loss does not read them both in training and in evaluation: {}",
+            rest.join(", ")
+        )
+    })
+}
+
+/// Whether a graph reads the value of that name.
+fn is_read(name: &str, graph: &Graph) -> bool {
+    graph.find_value(name).is_some_and(|value| !graph.value(value).uses().is_empty())
 }
 
 /// How gradients pass an operator: one of ours, or of the standard set.
@@ -239,16 +282,59 @@ fn differentiate(model: &mut Model, parameters: &[Parameter]) -> Result<(), Refu
     Ok(())
 }
 
-/// The model with its parameters as inputs; those that it does not read are none.
+/// The model with its parameters as inputs.
 fn expose(model: &Model, parameters: &[Parameter]) -> Result<Model, Refusal> {
     let mut patch = Patch::new(model, "parameters");
     for parameter in parameters {
-        if let Some(value) = model.graph().find_value(&parameter.name) {
-            patch.externalise(value, &parameter.name);
-        }
+        let value = model.graph().find_value(&parameter.name);
+        let value = value.ok_or_else(|| internal(format!("the parameter '{}' is gone", parameter.name)))?;
+        patch.externalise(value, &parameter.name);
     }
     let (mut exposed, _) = patch.apply(model).map_err(internal)?;
     exposed.require_ir_version(FUNCTIONS_SINCE);
     exposed.verify().map_err(internal)?;
     Ok(exposed)
+}
+
+#[cfg(test)]
+mod tests {
+    use vitrim_ir::{DimSpec, GraphBuilder, Tensor, TensorType};
+
+    use super::*;
+
+    /// `y = x a`, `z = x b`, of which only `y` is judged where both are there.
+    fn products(names: &[&str]) -> Model {
+        let two =
+            TensorType { dtype: DataType::F32, dims: Some(vec![DimSpec::Named("batch".into()), DimSpec::Known(2)]) };
+        let mut graph = GraphBuilder::new();
+        let x = graph.input("x", Some(&two));
+        for name in names {
+            let matrix = graph.initializer(name, Tensor::f32s(&[2, 2], &[1.0, 2.0, 3.0, 4.0]));
+            let product = graph.op("MatMul", name, &[x, matrix], &[]);
+            graph.output(&format!("of_{name}"), product, Some(&two));
+        }
+        graph.into_model(8, &[("", 17)], Vec::new())
+    }
+
+    #[test]
+    fn what_the_loss_does_not_read_is_no_parameter() {
+        let training = Training::of(&products(&["a", "b"]), &Request::new(Loss::MeanSquaredError)).unwrap();
+        let names: Vec<&str> = training.parameters.iter().map(|parameter| parameter.name.as_str()).collect();
+        assert_eq!(names, ["a"]);
+        let note = "no parameters, since the loss does not read them both in training and in evaluation: b";
+        assert_eq!(training.notes, [note]);
+        for model in [&training.eval, &training.gradients] {
+            let inputs: Vec<&str> = model.graph().inputs().iter().map(|&id| model.graph().value(id).name()).collect();
+            assert_eq!(inputs, ["x", "labels", "a"]);
+        }
+    }
+
+    #[test]
+    fn a_parameter_of_one_graph_alone_stays_a_constant() {
+        let Separated { mut parameters, .. } = separate(&products(&["a", "b", "c"])).unwrap();
+        let note = retain_common(&mut parameters, [&products(&["a", "b"]), &products(&["c", "b"])]);
+        assert!(parameters.len() == 1 && parameters[0].name == "b");
+        assert!(note.is_some_and(|note| note.ends_with(": a, c")));
+        assert_eq!(retain_common(&mut parameters, [&products(&["b"]), &products(&["b", "a"])]), None);
+    }
 }

@@ -23,7 +23,7 @@ pub struct Manifest {
     pub per_example_loss: Option<String>,
     /// Whether each example's likeliest class is right.
     pub correct: Option<String>,
-    /// The parameters: inputs of all graphs that read them. `parameters.safetensors` has what they begin with.
+    /// The parameters: inputs of all graphs. `parameters.safetensors` has what they begin with.
     pub parameters: Vec<ParameterEntry>,
     /// What the step beside is fed: learning rate, number of the step and of batches, where there are any.
     pub scalars: Vec<String>,

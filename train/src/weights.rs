@@ -7,9 +7,11 @@ use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use vitrim_io::MappedFile;
 use vitrim_ir::{DataType, Tensor};
 use vitrim_passes::Refusal;
 
+use crate::artifacts::Checkpoint;
 use crate::parameters::Parameter;
 
 /// Writes what parameters begin with, in the `safetensors` format.
@@ -34,18 +36,24 @@ pub fn write(parameters: &[Parameter], path: &Path) -> io::Result<()> {
     std::fs::write(path, safetensors::serialize(views, None).map_err(io::Error::other)?)
 }
 
-/// Reads a file of tensors, of a format that its first bytes tell. Tensors of types that weights cannot have are left out.
+/// Reads a file of tensors, of a format that its first bytes tell: `safetensors`, or a checkpoint of ONNX Runtime Training.
+/// Tensors of types that weights cannot have are left out.
 ///
 /// # Errors
 ///
 /// [`Refusal::Request`] where the file cannot be read, or is malformed or of no format that is known.
 pub fn read(path: &Path) -> Result<BTreeMap<String, Tensor>, Refusal> {
     let refuse = |reason: String| Refusal::Request(format!("cannot read '{}': {reason}", path.display()));
-    let bytes = std::fs::read(path).map_err(|error| refuse(error.to_string()))?;
+    let bytes = MappedFile::open(path).map_err(|error| Refusal::Request(format!("cannot read {error}")))?.bytes();
+    if Checkpoint::is(&bytes) {
+        let Checkpoint { trained, frozen } =
+            Checkpoint::read(path).map_err(|error| Refusal::Request(error.to_string()))?;
+        return Ok(trained.into_iter().chain(frozen).collect());
+    }
     match bytes.get(8) {
         // The length of the header, then the header: JSON, an object.
         Some(b'{') => safetensors(&bytes).map_err(refuse),
-        _ => Err(refuse("it is no safetensors file".into())),
+        _ => Err(refuse("it is neither a safetensors file nor a checkpoint of ONNX Runtime Training".into())),
     }
 }
 

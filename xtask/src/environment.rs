@@ -1,15 +1,27 @@
-//! Python environments, and packages of which only the files are wanted: made once and used by many commands.
+//! Environments of Python, packages for Node, and packages of which only the files are wanted: made once and used by many
+//! commands.
 //!
 //! Each is a folder of the workspace (ignored by git) and the requirements file that it was made from. A copy of that
 //! file, written last, marks the folder as complete: as long as the two are equal, nothing is installed again.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+/// The oldest minor version of Python 3 that environments are made with.
+const OLDEST: u32 = 9;
+
 /// A virtual environment of the workspace, and what is in it.
 pub struct Environment {
+    place: Place,
+    /// The newest minor version of Python 3 that its packages exist for.
+    newest: Option<u32>,
+}
+
+/// Packages for Node; their requirements are a `package.json`.
+pub struct NodePackages {
     place: Place,
 }
 
@@ -32,7 +44,12 @@ pub struct Python {
 impl Environment {
     /// Names an environment; [`Environment::prepare`] makes it.
     pub const fn new(folder: &'static str, requirements: &'static str) -> Self {
-        Self { place: Place { folder, requirements } }
+        Self { place: Place { folder, requirements }, newest: None }
+    }
+
+    /// The same for packages that exist for Python 3 up to that minor version.
+    pub const fn up_to(self, newest: u32) -> Self {
+        Self { newest: Some(newest), ..self }
     }
 
     /// Its folder, relative to the workspace's root.
@@ -45,10 +62,34 @@ impl Environment {
         let program = if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" };
         let python = Python { program: root.join(self.place.folder).join(program) };
         self.place.prepare(root, offline, &python.program, |folder, requirements| {
-            create(folder)?;
+            create(folder, &interpreter(self.newest)?)?;
             install(&python, requirements, &[])
         })?;
         Ok(python)
+    }
+}
+
+impl NodePackages {
+    /// Names packages; [`NodePackages::prepare`] fetches them.
+    pub const fn new(folder: &'static str, requirements: &'static str) -> Self {
+        Self { place: Place { folder, requirements } }
+    }
+
+    /// Fetches the packages by npm unless they are there and up to date; gives the folder that has one for each.
+    pub fn prepare(&self, root: &Path, offline: bool) -> Result<PathBuf, String> {
+        let packages = root.join(self.place.folder).join("node_modules");
+        self.place.prepare(root, offline, &packages, |folder, requirements| {
+            let npm = if cfg!(windows) { "npm.cmd" } else { "npm" };
+            // Before anything is made: without Node there is nothing to be left behind.
+            run(Command::new(npm).arg("--version"))?;
+            fs::create_dir_all(folder).map_err(|error| at(folder, error))?;
+            fs::copy(requirements, folder.join("package.json")).map_err(|error| at(requirements, error))?;
+            run(Command::new(npm)
+                .args(["install", "--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock"])
+                .current_dir(folder))
+            .map(drop)
+        })?;
+        Ok(packages)
     }
 }
 
@@ -132,11 +173,27 @@ impl Python {
     }
 }
 
-/// An empty virtual environment in `folder`.
-fn create(folder: &Path) -> Result<(), String> {
+/// The interpreter that environments are made with: the one that PYTHON names or else python3; where that is too new, an
+/// older one beside it.
+fn interpreter(newest: Option<u32>) -> Result<OsString, String> {
     let base = std::env::var_os("PYTHON").unwrap_or_else(|| "python3".into());
-    let named = Path::new(&base).display();
-    run(Command::new(&base).args(["-m", "venv"]).arg(folder)).map(drop).map_err(|error| {
+    let Some(newest) = newest else { return Ok(base) };
+    let fits = |program: &OsString| {
+        let minor = run(Command::new(program).args(["-c", "import sys; print(sys.version_info[1])"])).ok()?;
+        let minor: u32 = String::from_utf8(minor.stdout).ok()?.trim().parse().ok()?;
+        Some((OLDEST..=newest).contains(&minor))
+    };
+    let beside = (OLDEST..=newest).rev().map(|minor| format!("python3.{minor}").into());
+    let mut candidates = std::iter::once(base).chain(beside);
+    candidates.find(|program| fits(program) == Some(true)).ok_or_else(|| {
+        format!("there is no Python 3.{OLDEST} to 3.{newest}, which its packages need; PYTHON names an interpreter")
+    })
+}
+
+/// An empty virtual environment in `folder`.
+fn create(folder: &Path, base: &OsStr) -> Result<(), String> {
+    let named = Path::new(base).display();
+    run(Command::new(base).args(["-m", "venv"]).arg(folder)).map(drop).map_err(|error| {
         // A half-made environment must not be taken for a broken one next time.
         let _ = fs::remove_dir_all(folder);
         format!(

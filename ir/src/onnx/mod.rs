@@ -47,6 +47,14 @@ impl ValueInfo {
         Self(ValueInfoProto { r#type: Some(ty), ..Default::default() })
     }
 
+    /// A sequence of tensors of that type.
+    pub(crate) fn of_sequence(ty: &TensorType) -> Self {
+        let element = Self::of(ty).0.r#type.map(Box::new);
+        let sequence = type_proto::Value::SequenceType(type_proto::Sequence { elem_type: element });
+        let ty = TypeProto { denotation: None, value: Some(sequence) };
+        Self(ValueInfoProto { r#type: Some(ty), ..Default::default() })
+    }
+
     pub(crate) fn tensor_type(&self) -> Option<TensorType> {
         let type_proto::Value::TensorType(tensor) = self.0.r#type.as_ref()?.value.as_ref()? else { return None };
         let dims = tensor.shape.as_ref().map(|shape| {
