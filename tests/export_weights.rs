@@ -147,7 +147,7 @@ fn broken_checkpoints_are_refused() {
         ("absent", "cannot read"),
         ("empty", "neither a safetensors file nor a checkpoint"),
         ("onnx", "neither a safetensors file nor a checkpoint"),
-        ("artifact", "malformed"),
+        ("artifact", "no checkpoint of ONNX Runtime Training"),
         ("cut", "malformed"),
         ("longer", "malformed"),
         ("huge", "malformed"),
