@@ -64,7 +64,8 @@ class Trainer:
 
     @staticmethod
     def value(array: np.ndarray) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        # `ascontiguousarray` would make a list of a scalar.
+        return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))
 
     def session(self, file: str) -> ort.InferenceSession:
         if file not in self.sessions:

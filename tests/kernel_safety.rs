@@ -154,6 +154,32 @@ fn mean<'a>() -> Call<'a> {
     Call { op: "TokenMean", inputs, ints: vec![("dtype", 1)], results: 1 }
 }
 
+/// Of eight tokens, two of which take no part.
+fn similarity<'a>() -> Call<'a> {
+    let ints = vec![("protect", 1), ("suffix", 1), ("sign", 1)];
+    Call { op: "CosineSimilarity", inputs: vec![("x", floats(&[2, 8, 3]))], ints, results: 1 }
+}
+
+fn distance<'a>() -> Call<'a> {
+    Call { op: "ManhattanDistance", ..similarity().set("sign", -1) }
+}
+
+/// Six tokens in order.
+fn in_order() -> Tensor {
+    indices(&[2, 6], &[0, 1, 2, 3, 4, 5].repeat(2))
+}
+
+fn expand<'a>() -> Call<'a> {
+    let inputs = vec![("closeness", floats(&[2, 6, 6])), ("order", in_order())];
+    Call { op: "TokenExpand", inputs, ints: vec![("candidates", 6), ("chosen", 2)], results: 1 }
+}
+
+fn absorb<'a>() -> Call<'a> {
+    let inputs = vec![("x", floats(&[2, 8, 3])), ("closeness", floats(&[2, 6, 6])), ("order", in_order())];
+    let ints = vec![("tokens", 8), ("keep", 3), ("protect", 1), ("suffix", 1), ("dtype", 1)];
+    Call { op: "TokenAbsorb", inputs, ints, results: 4 }
+}
+
 fn softmax<'a>() -> Call<'a> {
     let inputs =
         vec![("scores", floats(&[2, 3, 5, 4])), ("mask", filled(&[2, 5, 4], 1.0)), ("size", filled(&[2, 4, 1], 1.0))];
@@ -202,7 +228,9 @@ fn well_formed_calls_run() {
     let dynamic = prune_dynamic(indices(&[1], &[5]));
     let of_tokens = [merge(), attention(), score(), prune(), dynamic, assign(), restore(), mean()];
     let of_training = [unit_gradient(), softmax_gradient(), norm_gradient(), step()];
-    for call in of_tokens.into_iter().chain([softmax(), mask(), mask_dynamic()]).chain(of_training) {
+    let of_expansion = [similarity(), distance(), expand(), absorb()];
+    let others = of_expansion.into_iter().chain([softmax(), mask(), mask_dynamic()]).chain(of_training);
+    for call in of_tokens.into_iter().chain(others) {
         call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
     }
 }
@@ -297,6 +325,37 @@ fn malformed_calls_are_errors() {
         ("tables of other tokens", mean().with("table", floats(&[5, 2]))),
         ("a table of rank 4", mean().with("table", floats(&[1, 1, 4, 2]))),
         ("a token's slot beyond the slots", mean().with("assign", indices(&[1, 4], &[0, 1, 2, 7]))),
+        ("compared tokens of rank 2", similarity().with("x", floats(&[8, 3]))),
+        ("compared integers", similarity().with("x", indices(&[2, 8, 1], &[0; 16]))),
+        ("more protected than are compared", similarity().set("protect", 8)),
+        ("compared tokens protected below zero", similarity().set("protect", -1)),
+        ("a suffix of compared tokens beyond all bounds", distance().set("suffix", i64::MAX)),
+        ("closeness that is no square", expand().with("closeness", floats(&[2, 6, 5]))),
+        ("closeness of rank 2", expand().with("closeness", floats(&[6, 6]))),
+        ("closeness in float16", expand().with("closeness", half(&[2, 6, 6]))),
+        ("closeness of another batch", expand().with("closeness", floats(&[1, 6, 6]))),
+        ("an order of other tokens", expand().with("order", indices(&[2, 5], &[0; 10]))),
+        ("an order of a token that is not there", expand().with("order", indices(&[2, 6], &[6; 12]))),
+        ("an order of a token before the first", expand().with("order", indices(&[2, 6], &[-1; 12]))),
+        ("other candidates than there are", expand().set("candidates", 7)),
+        ("candidates below zero", expand().set("candidates", -6)),
+        ("none chosen", expand().set("chosen", 0)),
+        ("all chosen", expand().set("chosen", 6)),
+        ("chosen beyond all bounds", expand().set("chosen", i64::MAX)),
+        ("absorbed tokens of rank 2", absorb().with("x", floats(&[8, 3]))),
+        ("other tokens than are absorbed", absorb().set("tokens", 9)),
+        ("tokens beyond all bounds", absorb().set("tokens", i64::MAX)),
+        ("none to absorb others", absorb().set("keep", 0)),
+        ("more to absorb others than there are", absorb().set("keep", 7)),
+        ("absorbing beyond all bounds", absorb().set("keep", i64::MAX)),
+        ("absorbing below zero", absorb().set("keep", -1)),
+        ("more protected than are absorbed", absorb().set("protect", 9)),
+        ("a suffix of absorbed tokens beyond all bounds", absorb().set("suffix", i64::MAX)),
+        ("closeness of other tokens than are absorbed", absorb().with("closeness", floats(&[2, 8, 8]))),
+        ("closeness of another batch than is absorbed", absorb().with("closeness", floats(&[1, 6, 6]))),
+        ("an order of another batch than is absorbed", absorb().with("order", indices(&[1, 6], &[0; 6]))),
+        ("absorbed by a token that is not there", absorb().with("order", indices(&[2, 6], &[i64::MAX; 12]))),
+        ("outputs of absorbing left out", Call { results: 3, ..absorb() }),
         ("scores of rank 3", softmax().with("scores", floats(&[2, 5, 4]))),
         ("a mask of other queries", softmax().with("mask", filled(&[2, 6, 4], 1.0))),
         ("a mask of other keys", softmax().with("mask", filled(&[2, 5, 3], 1.0))),
@@ -414,6 +473,44 @@ fn extreme_prunings_have_the_defined_result() {
     assert_eq!(shapes(none.with("size", filled(&[0, 5, 1], 1.0))), [[0, 5]]);
     assert_eq!(shapes(score().with("k", floats(&[2, 0, 8])).with("size", filled(&[2, 0, 1], 1.0))), [[2, 0]]);
     assert_eq!(shapes(score().set("queries", i64::MAX)), [[2, 5]]);
+}
+
+#[test]
+fn extreme_expansions_have_the_defined_result() {
+    let scratch = Scratch::new("extreme_expansions");
+    let shapes = |call: Call| -> Vec<Vec<usize>> {
+        let outputs = call.run(&scratch).unwrap_or_else(|reason| panic!("{}: {reason}", call.op));
+        outputs.iter().map(|(_, tensor)| tensor.shape().to_vec()).collect()
+    };
+    // No images; channels of none; nobody to compare.
+    for call in [similarity, distance] {
+        assert_eq!(shapes(call().with("x", floats(&[0, 8, 3]))), [[0, 6, 6]]);
+        assert_eq!(shapes(call().with("x", floats(&[2, 8, 0]))), [[2, 6, 6]]);
+        assert_eq!(shapes(call().set("protect", 7)), [[2, 0, 0]]);
+    }
+    let none = expand().with("closeness", floats(&[0, 6, 6])).with("order", indices(&[0, 6], &[]));
+    assert_eq!(shapes(none), [[0, 6]]);
+    assert_eq!(shapes(expand().set("chosen", 5)), [[2, 6]]);
+    let of = |batch, slots, channels| {
+        [vec![batch, slots, channels], vec![batch, slots, 1], vec![batch, slots], vec![batch, 8]]
+    };
+    assert_eq!(shapes(absorb()), of(2, 5, 3));
+    assert_eq!(shapes(absorb().set("keep", 1)), of(2, 3, 3));
+    assert_eq!(shapes(absorb().set("keep", 6)), of(2, 8, 3));
+    assert_eq!(shapes(absorb().with("x", floats(&[2, 8, 0]))), of(2, 5, 0));
+    let none = absorb().with("x", floats(&[0, 8, 3])).with("closeness", floats(&[0, 6, 6]));
+    assert_eq!(shapes(none.with("order", indices(&[0, 6], &[]))), of(0, 5, 3));
+    // Whatever is close to what, every token has a slot, and an order that names a token twice leaves one empty.
+    for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        expand().with("closeness", filled(&[2, 6, 6], value)).run(&scratch).expect("it runs");
+        similarity().with("x", filled(&[2, 8, 3], value)).run(&scratch).expect("it runs");
+        let outputs = absorb().with("closeness", filled(&[2, 6, 6], value)).run(&scratch).expect("it runs");
+        let assign = common::integers(outputs.get("y3").expect("an output"));
+        assert!(assign.iter().all(|slot| (0..5).contains(slot)), "{value}: {assign}");
+    }
+    let outputs = absorb().with("order", indices(&[2, 6], &[4; 12])).run(&scratch).expect("it runs");
+    let size = outputs.get("y1").expect("an output").to_f64();
+    assert_eq!(size.iter().copied().collect::<Vec<f64>>(), [1.0, 6.0, 0.0, 0.0, 1.0].repeat(2));
 }
 
 /// What is not finite spreads as arithmetic has it, and no token is lost over it.

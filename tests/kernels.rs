@@ -4,6 +4,7 @@ mod common;
 
 use std::cell::{Cell, RefCell};
 
+use common::expansion::Expanding;
 use common::ops::{Calls, Case, Reference, data_type};
 use common::pruning::Pruning;
 use common::{Scratch, distance, kernels, ort, relative, tract, try_run};
@@ -714,6 +715,108 @@ fn prunings_agree() {
     let (body, kernels) = (ort(), kernels());
     let dtypes = &[DType::F32, DType::F16, DType::Bf16];
     check_prunings("prunings", dtypes, &[("body", body.as_ref()), (KERNEL, kernels.as_ref())]);
+}
+
+/// Expansion without its numbers.
+#[derive(Clone, Debug)]
+struct ExpansionPlan {
+    seed: u64,
+    batch: usize,
+    tokens: usize,
+    width: usize,
+    protect: usize,
+    suffix: usize,
+    seeds: usize,
+    rounds: Vec<usize>,
+    closeness: &'static str,
+    sign: i64,
+    dtype: DType,
+    /// Tokens of which few are different, and all closeness is exact: ties are many, and nothing else is close.
+    exact: bool,
+}
+
+fn expansion_plans(dtypes: &'static [DType]) -> impl Strategy<Value = ExpansionPlan> {
+    let tokens = prop_oneof![4 => 1..30usize, 1 => 30..200usize];
+    let counts = (0.0..=1.0f64, prop::collection::vec(0.0..0.7f64, 0..4usize));
+    let how =
+        (prop::sample::select(&["CosineSimilarity", "ManhattanDistance"][..]), prop::sample::select(&[1, -1][..]));
+    let shape = (1..4usize, tokens, 4..40usize, 0..4usize, 0..4usize);
+    let kind = (prop::sample::select(dtypes), any::<bool>());
+    (any::<u64>(), shape, counts, how, kind).prop_map(|(seed, shape, counts, how, (dtype, exact))| {
+        let ((batch, candidates, width, protect, suffix), (closeness, sign)) = (shape, how);
+        let seeds = ((counts.0 * counts.0 * candidates as f64) as usize).max(1);
+        let mut left = candidates - seeds;
+        let rounds = counts.1.into_iter().map(|share| {
+            let add = (share * left as f64) as usize;
+            left -= add;
+            add
+        });
+        // A round that adds none is left out; what is left may be none, but no round is then to come.
+        let rounds = rounds.filter(|&add| add > 0).collect();
+        let tokens = protect + candidates + suffix;
+        ExpansionPlan { seed, batch, tokens, width, protect, suffix, seeds, rounds, closeness, sign, dtype, exact }
+    })
+}
+
+impl ExpansionPlan {
+    fn case(&self) -> Expanding {
+        let mut noise = Noise(self.seed);
+        let &Self { batch, tokens, width, protect, suffix, closeness, sign, .. } = self;
+        let mut below = |end: usize| ((noise.next() + 1.0) / 2.0 * end as f64) as usize;
+        // Anywhere, in any order.
+        let mut seeds: Vec<(usize, usize)> =
+            (0..tokens - protect - suffix).map(|token| (below(1 << 20), token)).collect();
+        seeds.sort_unstable();
+        let seeds = seeds[..self.seeds].iter().map(|&(_, token)| token).collect();
+        let mut x = ArrayD::zeros(IxDyn(&[batch, tokens, width]));
+        if self.exact {
+            for mut row in x.lanes_mut(Axis(2)) {
+                // Of length 1, 2 or 0.
+                let (first, count) = (below(3).min(width - 4), [1, 4][below(2)]);
+                let value = [1.0, -1.0, 0.0][below(3)];
+                row.slice_mut(ndarray::s![first..first + count]).fill(value);
+            }
+        } else {
+            x.mapv_inplace(|_| noise.next());
+        }
+        let feeds = Feeds::from_iter([("x".to_owned(), Tensor::from_f64(self.dtype, &x))]);
+        let (name, rounds) = (format!("{self:?}"), self.rounds.clone());
+        Expanding { name, tokens, protect, suffix, seeds, rounds, closeness, sign, feeds }
+    }
+}
+
+/// CosineSimilarity, ManhattanDistance, TokenExpand, TokenAbsorb.
+fn check_expansions(what: &str, dtypes: &'static [DType], backends: &[(&str, &dyn Backend)]) {
+    let scratch = Scratch::new(what);
+    let (cases, close) = (Cell::new(0), Cell::new(0));
+    for_all(expansion_plans(dtypes), |plan| {
+        let case = plan.case();
+        let (expected, margin) = case.expected_within();
+        cases.set(cases.get() + 1);
+        if !plan.exact && margin < MARGIN {
+            close.set(close.get() + 1);
+            return Ok(());
+        }
+        for (name, outputs) in outputs_of(backends, &scratch, &case.model(17), &case.feeds)? {
+            let checked = expected.check(&outputs, tolerance(plan.dtype));
+            checked.map_err(|reason| TestCaseError::fail(format!("{name}: {reason}")))?;
+        }
+        Ok(())
+    });
+    println!("{what}: {} expansions, {} of them too close for float32 to decide", cases.get(), close.get());
+    assert!(3 * close.get() < cases.get(), "too many are not decided");
+}
+
+#[test]
+fn expansions_agree() {
+    let (body, kernels) = (ort(), kernels());
+    check_expansions("expansions", &[DType::F32, DType::F16], &[("body", body.as_ref()), (KERNEL, kernels.as_ref())]);
+}
+
+#[test]
+fn expansions_of_bfloat16_agree() {
+    let kernels = kernels();
+    check_expansions("expansions_bfloat16", &[DType::Bf16], &[(KERNEL, kernels.as_ref())]);
 }
 
 /// What the operators of training take, without its numbers.

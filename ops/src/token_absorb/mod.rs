@@ -21,6 +21,8 @@
 
 #[cfg(feature = "bodies")]
 mod body;
+#[cfg(feature = "cpu")]
+pub mod cpu;
 #[cfg(feature = "gradients")]
 pub(crate) mod gradient;
 

@@ -17,6 +17,8 @@
 
 #[cfg(feature = "bodies")]
 mod body;
+#[cfg(feature = "cpu")]
+pub mod cpu;
 
 #[cfg(feature = "bodies")]
 pub use body::TokenExpand;

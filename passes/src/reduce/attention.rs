@@ -14,7 +14,9 @@ use crate::recognise::{Form, PlainAttention, Window};
 impl Rewriter<'_> {
     /// Finds the attention of blocks that is plain, with all its tokens in one stage.
     pub(super) fn find_plain_attention(&mut self) {
-        if self.options.sliced || self.closes_connections() {
+        // Where tokens expand, nothing reads sizes or keys but the model itself, and gradients are to pass: those of what
+        // exporters write take fewer passes than those of the operator's body, which reads its windows one by one.
+        if self.options.sliced || self.closes_connections() || self.expansion().is_some() {
             return;
         }
         for (at, block) in self.vit.blocks.iter().enumerate() {

@@ -11,12 +11,15 @@ mod gelu_grad;
 mod layer_norm_grad;
 mod masked_softmax;
 mod softmax_grad;
+mod token_absorb;
 mod token_assign;
+mod token_expand;
 mod token_mean;
 mod token_merge;
 mod token_prune;
 mod token_restore;
 mod token_score;
+mod token_similarity;
 mod token_size;
 
 use half::{bf16, f16};
@@ -25,7 +28,7 @@ use ort::value::TensorElementType::{self, *};
 
 use vitrim_ops::cpu::Element;
 
-use crate::call::OnDevice;
+use crate::call::{OnDevice, Typed};
 use crate::operator::{Device, Entry};
 
 /// Types of tensors that operators take which look at no element.
@@ -43,6 +46,10 @@ pub fn domain() -> ort::Result<OperatorDomain> {
         entries
             .extend(ANY.into_iter().flat_map(|ty| [token_size::entry(device, ty), token_restore::entry(device, ty)]));
     }
+    entries.extend(of_expansion::<f32>());
+    entries.extend(of_expansion::<f16>());
+    entries.extend(of_expansion::<bf16>());
+    entries.push(token_expand::entry());
     entries.extend(of_training());
     entries.into_iter().try_fold(OperatorDomain::new("ai.vitrim")?, OperatorDomain::add)
 }
@@ -52,6 +59,11 @@ fn of_tokens<T: OnDevice + Element>(device: Device) -> impl Iterator<Item = Entr
     let entries = token_merge::entries::<T>(device).into_iter().chain(attention::entries::<T>(device));
     let entries = entries.chain(token_prune::entries::<T>(device)).chain(connection_mask::entries::<T>(device));
     entries.chain([token_score::entry::<T>(device), token_mean::entry::<T>(device), masked_softmax::entry::<T>(device)])
+}
+
+/// The operators of expansion that compute with tokens, of type `T`: on the CPU, as it is in training alone.
+fn of_expansion<T: Typed + Element>() -> impl Iterator<Item = Entry> {
+    token_similarity::entries::<T>().into_iter().chain([token_absorb::entry::<T>()])
 }
 
 /// The operators of training, which are in float32 and on the CPU.
