@@ -4,8 +4,10 @@
     trainer = Trainer("folder")
     trainer.accumulate({"images": x}, labels)                   # -> loss; of a folder made with --accumulate
     trainer.step({"images": x}, labels, learning_rate=1e-3)     # -> loss
+    trainer.step({"images": x}, labels, 1e-3, trainer.graph(0)) # the same, in epoch 0 of a training with stages
     trainer.evaluate({"images": x}, labels)                     # -> loss, examples that were right
     trainer.save("trained.safetensors")                         # for `vitrim export-weights`
+    trainer.begin(parameters)                                   # anew, from other weights
 """
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ class Trainer:
         if kernels:
             self.options.register_custom_ops_library(kernels)
         self.sessions: dict[str, ort.InferenceSession] = {}
-        parameters = read_safetensors(self.folder / "parameters.safetensors")
+        self.begin(read_safetensors(self.folder / "parameters.safetensors"))
+
+    def begin(self, parameters: dict[str, np.ndarray]) -> None:
+        """The next step is the first, and its parameters are these."""
         self.state = {name: self.value(tensor) for name, tensor in parameters.items()}
         for entry in self.manifest["state"]:
             like = parameters[entry["parameter"]]
@@ -90,6 +95,11 @@ class Trainer:
         self.sums = {entry["input"]: outputs[entry["output"]] for entry in self.manifest["accumulated"]}
         self.batches += 1
         return float(outputs[self.manifest["loss"]].numpy())
+
+    def graph(self, epoch: int) -> str | None:
+        """The graph of the stage that an epoch is in; None before the first, where all tokens take part."""
+        stages = [entry["graph"] for entry in self.manifest["schedules"] if entry["epoch"] <= epoch]
+        return stages[-1] if stages else None
 
     def step(self, inputs: dict[str, np.ndarray], labels: np.ndarray | None, learning_rate: float, graph: str | None = None) -> float:
         """One step of the optimizer; `graph` is another than manifest.graphs.train."""
