@@ -29,6 +29,8 @@ pub struct Emitter<'p> {
     opset: i64,
     written: HashMap<Key, Vec<ValueId>>,
     transposed: HashMap<ValueId, (ValueId, Vec<i64>)>,
+    /// The operands of products that were written, of as many axes as the product.
+    products: HashMap<ValueId, [ValueId; 2]>,
     /// What nodes read instead of values that were replaced.
     instead: HashMap<ValueId, ValueId>,
     /// What names of new values begin with.
@@ -39,8 +41,8 @@ impl<'p> Emitter<'p> {
     /// An emitter into `patch`, which is for `model`, whose shapes are `shapes`.
     pub fn new(model: &'p Model, shapes: &'p Shapes, patch: &'p mut Patch) -> Self {
         let (written, transposed, instead) = (HashMap::new(), HashMap::new(), HashMap::new());
-        let opset = model.opsets().standard();
-        Self { graph: model.graph(), shapes, patch, opset, written, transposed, instead, hint: String::new() }
+        let (graph, opset, products) = (model.graph(), model.opsets().standard(), HashMap::new());
+        Self { graph, shapes, patch, opset, written, transposed, products, instead, hint: String::new() }
     }
 
     /// The version of the standard operator set.
@@ -320,8 +322,22 @@ impl<'p> Emitter<'p> {
         self.transpose(product, &perm)
     }
 
-    /// `x` with its axes in another order. One transposition of another is written as one.
+    /// The product of two matrices, or of as many of each, all in tensors of one rank.
+    pub fn product(&mut self, a: ValueId, b: ValueId) -> ValueId {
+        let made = self.op("MatMul", &[a, b]);
+        self.products.insert(made, [a, b]);
+        made
+    }
+
+    /// `x` with its axes in another order. One transposition of another is written as one, that of a
+    /// [product](Self::product) as the product of the transposed: runtimes read operands of products either way.
     pub fn transpose(&mut self, x: ValueId, perm: &[i64]) -> ValueId {
+        let rank = perm.len();
+        let swaps = rank >= 2 && perm.iter().enumerate().all(|(at, &axis)| axis == swapped(at, rank) as i64);
+        if let Some(&[a, b]) = self.products.get(&x).filter(|_| swaps) {
+            let [a, b] = [a, b].map(|operand| self.transpose(operand, perm));
+            return self.product(b, a);
+        }
         let before = self.transposed.get(&x).cloned().or_else(|| {
             let (node, _) = self.graph.get_value(x).and_then(|_| self.graph.producer(x))?;
             let node = self.graph.node(node);
@@ -344,8 +360,7 @@ impl<'p> Emitter<'p> {
 
     /// `x`, of `rank` axes, with the last two swapped.
     pub fn matrix_transpose(&mut self, x: ValueId, rank: usize) -> ValueId {
-        let mut perm: Vec<i64> = (0..rank as i64).collect();
-        perm.swap(rank - 2, rank - 1);
+        let perm: Vec<i64> = (0..rank).map(|at| swapped(at, rank) as i64).collect();
         self.transpose(x, &perm)
     }
 
@@ -436,4 +451,9 @@ impl<'p> Emitter<'p> {
         let sum = self.op_with("ReduceSum", &[x, axes], &attributes);
         self.op("Reshape", &[sum, shape])
     }
+}
+
+/// Axis `at` of `rank`, the last two swapped.
+fn swapped(at: usize, rank: usize) -> usize {
+    if at + 2 < rank { at } else { 2 * rank - 3 - at }
 }

@@ -203,7 +203,8 @@ fn of_stage(
     // What has no rule of its own is differentiated by way of its body.
     inline_functions(&mut reduced, |op| gradient_rule(op).is_none())
         .map_err(|error| Refusal::Request(error.to_string()))?;
-    let (mut reduced, _) = raise::gelus(&decompose(&reduced, Fused::OfOnnxRuntime)?)?;
+    let (raised, _) = raise::gelus(&decompose(&reduced, Fused::OfOnnxRuntime)?)?;
+    let mut reduced = raise::scales(&raised)?;
     if let Some(drop_path) = request.drop_path {
         let matrices = parameters.iter().filter(|parameter| parameter.decay).map(|parameter| parameter.name.as_str());
         reduced = drop_path.insert(&reduced, &matrices.collect())?;

@@ -2,11 +2,14 @@
 //! memory that its parts do.
 //!
 //! [`norms`] and [`gelus`] put `LayerNormalization` and `Gelu` (of ours, before version 20 of the standard operator set) in
-//! the place of what computes the same, up to rounding, where nothing else reads any of its parts.
+//! the place of what computes the same, up to rounding, where nothing else reads any of its parts. [`scales`] makes of
+//! the numbers that queries and keys are scaled by one for both.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
-use vitrim_ir::{Attribute, DataType, Graph, Model, Node, NodeId, OpType, Patch, RAISED, Shapes, ValueId, raise_opset};
+use vitrim_ir::{
+    Attribute, DataType, Graph, Model, Node, NodeId, OpType, Patch, RAISED, Shapes, Tensor, ValueId, raise_opset,
+};
 use vitrim_ops::{DOMAIN, Gelu, OpDef, TanhGelu, VERSION};
 use vitrim_passes::Refusal;
 
@@ -75,6 +78,26 @@ pub fn gelus(model: &Model) -> Result<(Model, usize), Refusal> {
         }
     }
     Ok((edit.finish()?, count))
+}
+
+/// The model with scales of products as constants, and on the left operand alone: runtimes take one that is constant into
+/// the product, and what is on the right of it, keys that are transposed for it, then reads what was transposed as it is.
+pub fn scales(model: &Model) -> Result<Model, Refusal> {
+    let shapes = Shapes::infer(model);
+    let written = Written { graph: model.graph(), shapes: &shapes };
+    let mut edit = Edit::new(model);
+    for (id, node) in model.graph().nodes().filter(|(_, node)| node.is("MatMul")) {
+        let Some((left, right)) = node.input(0).zip(node.input(1)) else { continue };
+        let ((a, by_left), (b, by_right)) = (written.scaled(left), written.scaled(right));
+        let is_float = |value| shapes.dtype(value).filter(|dtype| dtype.is_float());
+        let Some(dtype) = is_float(a).filter(|_| (a, b) != (left, right)) else { continue };
+        let by = edit.patch.constant("raise/scale", Tensor::floats(dtype, &[], &[by_left * by_right]));
+        let hint = format!("{}/scaled", model.graph().value(left).name());
+        let scaled = edit.patch.op("Mul", &hint, &[a, by], &[]);
+        edit.patch.rewire(id, 0, scaled);
+        edit.patch.rewire(id, 1, b);
+    }
+    edit.finish()
 }
 
 /// Operators that take the place of others.
@@ -157,6 +180,19 @@ impl<'m> Written<'m> {
     fn number(&self, value: ValueId) -> Option<f64> {
         let single = self.shapes.dims(value)?.iter().all(|dim| dim.is(1));
         self.shapes.uniform(value).filter(|_| single)
+    }
+
+    /// What a product with a number is of, and the number; where it is none that nothing else reads, the value and one.
+    fn scaled(&self, value: ValueId) -> (ValueId, f64) {
+        let is_read_once = self.graph.value(value).uses().len() == 1 && self.graph.output_slots(value).next().is_none();
+        let product = self.producer(value, "Mul").filter(|_| is_read_once);
+        let parts = product.and_then(|(_, product)| {
+            // A number may have more axes than what it scales.
+            let rank = |value| self.shapes.dims(value).map(<[_]>::len);
+            let same_rank = |x| rank(x).is_some() && rank(x) == rank(value);
+            orders(product).find_map(|[x, by]| Some((x, self.number(by)?)).filter(|_| same_rank(x)))
+        });
+        parts.unwrap_or((value, 1.0))
     }
 
     /// Whether an operand is this number.
@@ -401,7 +437,7 @@ fn orders(node: &Node) -> impl Iterator<Item = [ValueId; 2]> + use<> {
 
 #[cfg(test)]
 mod tests {
-    use vitrim_ir::{DimSpec, GraphBuilder, Tensor, TensorType};
+    use vitrim_ir::{DimSpec, GraphBuilder, TensorType};
 
     use super::*;
 
@@ -489,5 +525,44 @@ mod tests {
         ] {
             assert!(raised(&model).contains(&"Erf".to_owned()));
         }
+    }
+
+    #[test]
+    fn scales_of_a_product_become_one_on_its_left() {
+        let product = |read_twice: bool, matrix: bool| {
+            model(move |graph, x| {
+                // A number that takes some computing, as of an extent.
+                let four = graph.initializer("four", Tensor::f32s(&[1], &[4.0]));
+                let root = op(graph, "Sqrt", &[four]);
+                let left = op(graph, "Mul", &[x, root]);
+                let keys = graph.op("Transpose", "keys", &[x], &[("perm", Attribute::Ints(vec![1, 0]))]);
+                let by = match matrix {
+                    true => graph.initializer("matrix", Tensor::f32s(&[1, 1, 1], &[3.0])),
+                    false => number(graph, 3.0),
+                };
+                let right = op(graph, "Mul", &[by, keys]);
+                let scores = op(graph, "MatMul", &[left, right]);
+                match read_twice {
+                    true => op(graph, "MatMul", &[scores, left]),
+                    false => scores,
+                }
+            })
+        };
+        let scaled = |model: &Model| {
+            let scaled = scales(model).expect("it can be edited");
+            let shapes = Shapes::infer(&scaled);
+            let graph = scaled.graph();
+            let ops: Vec<String> = graph.nodes().map(|(_, node)| node.op.to_string()).collect();
+            let by =
+                graph.nodes().find(|(_, node)| node.is("Mul")).and_then(|(_, node)| shapes.uniform(node.input(1)?));
+            (ops.join(" "), by)
+        };
+        assert_eq!(scaled(&product(false, false)), ("Transpose Mul MatMul Neg".into(), Some(6.0)));
+        // What something else reads stays, and is scaled by what was on the right.
+        let (ops, by) = scaled(&product(true, false));
+        assert_eq!((ops.matches("Mul").count(), by), (2 + 2, Some(2.0)), "{ops}");
+        // A number with more axes makes another product.
+        let (ops, _) = scaled(&product(false, true));
+        assert_eq!(ops.matches(" Mul").count(), 2, "{ops}");
     }
 }

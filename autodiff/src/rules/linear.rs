@@ -62,7 +62,10 @@ pub(super) fn matmul(vjp: &mut Vjp) -> Done {
             }
             _ => {
                 let transposed = if rank_a == 1 { vjp.unsqueeze(a, &[1]) } else { vjp.matrix_transpose(a, rank_a) };
-                let db = vjp.op("MatMul", &[transposed, dy]);
+                let db = match rank_a == rank {
+                    true => vjp.product(transposed, dy),
+                    false => vjp.op("MatMul", &[transposed, dy]),
+                };
                 let mut from = dims;
                 from[rank - 2] = inner;
                 match rank_b {
