@@ -8,10 +8,26 @@
     trainer.evaluate({"images": x}, labels)                     # -> loss, examples that were right
     trainer.save("trained.safetensors")                         # for `vitrim export-weights`
     trainer.begin(parameters)                                   # anew, from other weights
+
+How much is done to the tokens is one more input of a folder made with --runtime-r or --runtime-keep, of the graphs that
+train alone (`dials` of the manifest); left out, it is what it was made with:
+
+    trainer.step({"images": x, "keep": keep_ratio(epoch, 0.7)}, labels, learning_rate=1e-3)
+
+Tri-Level E-ViT trains with part of the examples, from which the easiest leave now and then:
+
+    examples = Examples(len(x), aside=len(x) // 10)
+    for epoch in range(150):
+        if epoch and epoch % 30 == 0:
+            examples.swap(len(x) // 20)
+        for batch in np.array_split(examples.epoch(), 100):
+            trainer.step({"images": x[batch]}, labels[batch], learning_rate=1e-3)
+            examples.record(batch, trainer.correct)
 """
 from __future__ import annotations
 
 import json
+import math
 import struct
 from pathlib import Path
 
@@ -64,8 +80,11 @@ class Trainer:
             entry["input"]: self.value(np.zeros_like(parameters[entry["parameter"]]))
             for entry in self.manifest["accumulated"]
         }
+        self.dials = {entry["input"]: entry["dtype"] for entry in self.manifest["dials"]}
         self.sums, self.batches = dict(self.zeros), 1
         self.steps = 0
+        self.correct: np.ndarray | None = None
+        """Whether each example of the last batch was right, where the loss tells classes."""
 
     @staticmethod
     def value(array: np.ndarray) -> ort.OrtValue:
@@ -81,9 +100,14 @@ class Trainer:
     def run(self, file: str, feeds: dict[str, np.ndarray]) -> dict[str, ort.OrtValue]:
         session = self.session(file)
         names = [output.name for output in session.get_outputs()]
-        known = {**self.state, **self.sums, **{name: self.value(array) for name, array in feeds.items()}}
-        wanted = {entry.name: known[entry.name] for entry in session.get_inputs() if entry.name in known}
-        return dict(zip(names, session.run_with_ort_values(names, wanted)))
+        fed = {name: self.value(np.asarray(array, self.dials.get(name))) for name, array in feeds.items()}
+        known = {**self.state, **self.sums, **fed}
+        inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
+        wanted = {entry.name: known[entry.name] for entry in inputs if entry.name in known}
+        outputs = dict(zip(names, session.run_with_ort_values(names, wanted)))
+        correct = self.manifest["correct"]
+        self.correct = outputs[correct].numpy() if correct else None
+        return outputs
 
     def feeds(self, inputs: dict[str, np.ndarray], labels: np.ndarray | None) -> dict[str, np.ndarray]:
         named = self.manifest["labels"]
@@ -115,8 +139,53 @@ class Trainer:
 
     def evaluate(self, inputs: dict[str, np.ndarray], labels: np.ndarray) -> tuple[float, int]:
         outputs = self.run(self.manifest["graphs"]["eval"], self.feeds(inputs, labels))
-        correct = self.manifest["correct"]
-        return float(outputs[self.manifest["loss"]].numpy()), int(outputs[correct].numpy().sum()) if correct else 0
+        return float(outputs[self.manifest["loss"]].numpy()), 0 if self.correct is None else int(self.correct.sum())
 
     def save(self, path: str | Path) -> None:
         write_safetensors(Path(path), {name: value.numpy() for name, value in self.state.items()})
+
+
+def keep_ratio(epoch: float, base: float, warmup: float = 10, decay: float = 100) -> float:
+    """The share to keep at a time, in epochs: all in the beginning, then less along a cosine until it is `base` (EViT)."""
+    done = min(max((epoch - warmup) / decay, 0.0), 1.0)
+    return base + (1.0 - base) * (math.cos(done * math.pi) + 1.0) / 2.0
+
+
+class Examples:
+    """The examples of each epoch: Tri-Level E-ViT's example level (arXiv 2211.10801, figure 2).
+
+    Of `count` examples, `aside` are put aside at random. `swap` lets those leave that were forgotten least since the last
+    one (wrong after they had been right), the lowest numbers first where that is equal, and as many of those aside come
+    back at random. What was never right counts as forgotten `period` times: in each epoch between two swaps.
+    """
+
+    def __init__(self, count: int, aside: int, period: int = 30, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.training, self.aside = np.split(self.random.permutation(count), [count - aside])
+        self.count, self.period = count, period
+        self.forget()
+
+    def forget(self) -> None:
+        self.forgotten = np.zeros(self.count, np.int64)
+        self.learned, self.right = np.zeros((2, self.count), bool)
+
+    def epoch(self) -> np.ndarray:
+        """The examples of an epoch, in an order of their own."""
+        return self.random.permutation(self.training)
+
+    def record(self, examples: np.ndarray, correct: np.ndarray) -> None:
+        """Tells which of these different examples were right."""
+        self.forgotten[examples] += self.right[examples] & ~correct
+        self.right[examples] = correct
+        self.learned[examples] |= correct
+
+    def swap(self, examples: int) -> None:
+        """Lets so many examples leave, and as many come back: all that are aside where these are fewer."""
+        examples = min(examples, len(self.aside))
+        self.training.sort()
+        counts = np.where(self.learned, self.forgotten, self.period)[self.training]
+        leaving = self.training[np.argsort(counts, kind="stable")[:examples]]
+        coming, rest = np.split(self.random.permutation(self.aside), [examples])
+        self.training = np.concatenate([np.setdiff1d(self.training, leaving), coming])
+        self.aside = np.concatenate([rest, leaving])
+        self.forget()

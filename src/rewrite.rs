@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use clap::ArgGroup;
 use vitrim_ir::Model;
 use vitrim_passes::driver::{self, Options, Report};
 use vitrim_passes::recipe::{Align, KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
@@ -33,6 +34,7 @@ pub struct OutputArgs {
 
 /// Options of `vitrim merge`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(group = ArgGroup::new("how_much").args(["r", "ratio", "keep_tokens"]).required(true))]
 pub struct MergeArgs {
     /// The model to read
     pub input: PathBuf,
@@ -42,8 +44,25 @@ pub struct MergeArgs {
     /// it]
     #[arg(long, value_name = "NAME")]
     pub tower: Option<String>,
+    /// How to merge.
+    #[command(flatten)]
+    pub options: MergeOptions,
+    /// Leave the sizes of tokens out of attention: for models trained with merging, and MAE-style models
+    #[arg(long)]
+    pub no_proportional: bool,
+    /// Add the output token_source: the final slot of every original token (token_source/NAME for each of several towers)
+    #[arg(long)]
+    pub trace_source: bool,
+    /// What to write.
+    #[command(flatten)]
+    pub output_args: OutputArgs,
+}
+
+/// How to merge, for inference or in training.
+#[derive(Clone, Debug, clap::Args)]
+pub struct MergeOptions {
     /// Tokens to merge per block: 8, 16:-1 (falling from 32 to 0), or 8,8,4,0 (per block)
-    #[arg(short, long, value_name = "R", allow_negative_numbers = true, required_unless_present_any = ["ratio", "keep_tokens"], conflicts_with_all = ["ratio", "keep_tokens"])]
+    #[arg(short, long, value_name = "R", allow_negative_numbers = true, conflicts_with_all = ["ratio", "keep_tokens"])]
     pub r: Option<String>,
     /// Share of the unprotected tokens to merge per block, from 0 to 1
     #[arg(long, value_name = "SHARE", allow_negative_numbers = true, conflicts_with = "keep_tokens")]
@@ -57,9 +76,6 @@ pub struct MergeArgs {
     /// First tokens to keep out of matching [default: all class, distillation and register tokens]
     #[arg(long, value_name = "P")]
     pub protect: Option<usize>,
-    /// Leave the sizes of tokens out of attention: for models trained with merging, and MAE-style models
-    #[arg(long)]
-    pub no_proportional: bool,
     /// Keep means over tokens unweighted
     #[arg(long)]
     pub plain_pooling: bool,
@@ -70,12 +86,6 @@ pub struct MergeArgs {
     /// out
     #[arg(long)]
     pub runtime_r: bool,
-    /// Add the output token_source: the final slot of every original token (token_source/NAME for each of several towers)
-    #[arg(long)]
-    pub trace_source: bool,
-    /// What to write.
-    #[command(flatten)]
-    pub output_args: OutputArgs,
 }
 
 /// [`Metric`] on the command line.
@@ -104,6 +114,7 @@ impl From<MetricArg> for Metric {
 
 /// Options of `vitrim prune`.
 #[derive(Clone, Debug, clap::Args)]
+#[command(group = ArgGroup::new("how_much").args(["keep"]).required(true))]
 pub struct PruneArgs {
     /// The model to read
     pub input: PathBuf,
@@ -113,23 +124,9 @@ pub struct PruneArgs {
     /// it]
     #[arg(long, value_name = "NAME")]
     pub tower: Option<String>,
-    /// Share of the patches to keep: 0.7 in the blocks of --at, or 1,1,0.7,… with one for each block
-    #[arg(long, value_name = "SHARE", value_delimiter = ',', allow_negative_numbers = true, required = true)]
-    pub keep: Vec<f64>,
-    /// Blocks that prune, from 0 on [default: 3,6,9]
-    #[arg(long, value_name = "BLOCKS", value_delimiter = ',')]
-    pub at: Option<Vec<usize>>,
-    /// Make one token of those that leave, weighted by the attention that they receive (EViT)
-    #[arg(long)]
-    pub fuse: bool,
-    /// Share of the connections between patches that later blocks keep (Tri-Level E-ViT's attention level). It saves no
-    /// time: runtimes compute what a mask hides, and fused attention is written out
-    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
-    pub attention_keep: Option<f64>,
-    /// Make the share an input of the model, `keep` (a float64 scalar), for one file at every speed; --keep is what it is
-    /// where it is left out
-    #[arg(long)]
-    pub runtime_keep: bool,
+    /// How to prune.
+    #[command(flatten)]
+    pub options: PruneOptions,
     /// Add the output token_source: the final slot of every original token, -1 for those that were dropped
     /// (token_source/NAME for each of several towers)
     #[arg(long)]
@@ -139,23 +136,43 @@ pub struct PruneArgs {
     pub output_args: OutputArgs,
 }
 
-impl PruneArgs {
-    /// The recipe that the short form stands for.
-    fn recipe(&self) -> Recipe {
+/// How to prune, for inference or in training.
+#[derive(Clone, Debug, clap::Args)]
+pub struct PruneOptions {
+    /// Share of the patches to keep: 0.7 in the blocks of --at, or 1,1,0.7,… with one for each block
+    #[arg(long, value_name = "SHARE", value_delimiter = ',', allow_negative_numbers = true)]
+    pub keep: Vec<f64>,
+    /// Blocks that prune, from 0 on [default: 3,6,9]
+    #[arg(long, value_name = "BLOCKS", value_delimiter = ',', requires = "keep")]
+    pub at: Option<Vec<usize>>,
+    /// Make one token of those that leave, weighted by the attention that they receive (EViT)
+    #[arg(long, requires = "keep")]
+    pub fuse: bool,
+    /// Share of the connections between patches that later blocks keep (Tri-Level E-ViT's attention level). It saves no
+    /// time: runtimes compute what a mask hides, and fused attention is written out
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true, requires = "keep")]
+    pub attention_keep: Option<f64>,
+    /// Make the share an input of the model, `keep` (a float64 scalar), for one file at every speed, and that of
+    /// --attention-keep another, `attention_keep`; where they are left out, they are what is given here
+    #[arg(long, requires = "keep")]
+    pub runtime_keep: bool,
+}
+
+impl PruneOptions {
+    /// The pass that they stand for.
+    pub fn spec(&self) -> PruneSpec {
         let keep = match self.keep[..] {
             [keep] => KeepSpec::Constant(keep),
             ref list => KeepSpec::PerBlock(list.to_vec()),
         };
-        let spec = PruneSpec {
-            tower: self.tower.clone(),
+        PruneSpec {
             keep,
             at: self.at.clone(),
             fuse: self.fuse,
             attention_keep: self.attention_keep,
             runtime_keep: self.runtime_keep,
-            trace_source: self.trace_source,
-        };
-        Recipe { passes: vec![PassSpec::Prune(spec)] }
+            ..PruneSpec::default()
+        }
     }
 }
 
@@ -174,9 +191,9 @@ pub struct RewriteArgs {
     pub output_args: OutputArgs,
 }
 
-impl MergeArgs {
-    /// The recipe that the short form stands for.
-    fn recipe(&self) -> Result<Recipe> {
+impl MergeOptions {
+    /// The pass that they stand for.
+    pub fn spec(&self) -> Result<MergeSpec> {
         let r = match &self.r {
             Some(text) => Some(match text.parse::<Schedule>().map_err(anyhow::Error::msg).context("-r")? {
                 Schedule::Constant(r) => RSpec::Constant(r),
@@ -186,38 +203,44 @@ impl MergeArgs {
             None => None,
         };
         let metric = Metric::from(self.metric);
-        let spec = MergeSpec {
-            tower: self.tower.clone(),
+        Ok(MergeSpec {
             r,
             ratio: self.ratio,
             keep_tokens: self.keep_tokens.clone(),
             align: self.align,
             protect: self.protect,
-            proportional: self.no_proportional.then_some(false),
             plain_pooling: self.plain_pooling,
             metric: (metric != Metric::Key).then_some(metric),
             runtime_r: self.runtime_r,
-            trace_source: self.trace_source,
-        };
-        Ok(Recipe { passes: vec![PassSpec::Merge(spec)] })
+            ..MergeSpec::default()
+        })
     }
 }
 
 /// Runs `vitrim merge`.
 pub fn merge(args: &MergeArgs) -> Result<ExitCode> {
-    run(&args.input, &args.output, &args.recipe()?, &args.output_args)
+    let MergeArgs { tower, options, trace_source, .. } = args.clone();
+    let proportional = args.no_proportional.then_some(false);
+    let pass = PassSpec::Merge(MergeSpec { tower, proportional, trace_source, ..options.spec()? });
+    run(&args.input, &args.output, &Recipe { passes: vec![pass] }, &args.output_args)
 }
 
 /// Runs `vitrim prune`.
 pub fn prune(args: &PruneArgs) -> Result<ExitCode> {
-    run(&args.input, &args.output, &args.recipe(), &args.output_args)
+    let PruneArgs { tower, options, trace_source, .. } = args.clone();
+    let pass = PassSpec::Prune(PruneSpec { tower, trace_source, ..options.spec() });
+    run(&args.input, &args.output, &Recipe { passes: vec![pass] }, &args.output_args)
 }
 
 /// Runs `vitrim rewrite`.
 pub fn rewrite(args: &RewriteArgs) -> Result<ExitCode> {
-    let text =
-        std::fs::read_to_string(&args.recipe).with_context(|| format!("cannot read {}", args.recipe.display()))?;
-    run(&args.input, &args.output, &Recipe::parse(&text)?, &args.output_args)
+    run(&args.input, &args.output, &read_recipe(&args.recipe)?, &args.output_args)
+}
+
+/// The recipe in a file.
+pub fn read_recipe(path: &Path) -> Result<Recipe> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(Recipe::parse(&text)?)
 }
 
 fn run(input: &Path, output: &Path, recipe: &Recipe, args: &OutputArgs) -> Result<ExitCode> {

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 use vitrim_ir::Model;
 use vitrim_passes::Refusal;
-use vitrim_passes::recipe::{ExpandSpec, PassSpec, Recipe};
+use vitrim_passes::recipe::{ExpandSpec, MergeSpec, PassSpec, PruneSpec, Recipe};
 use vitrim_train::artifacts::Artifacts;
 use vitrim_train::drop_path::DropPath;
 use vitrim_train::head::Classes;
@@ -18,6 +18,7 @@ use vitrim_train::parameters::{Parameter, Selection};
 use vitrim_train::stock::stock;
 use vitrim_train::{Request, Training, weights};
 
+use crate::rewrite::{MergeOptions, PruneOptions, read_recipe};
 use crate::verify::print;
 
 /// Options of `vitrim train`.
@@ -74,15 +75,6 @@ pub struct TrainArgs {
     /// zeros for biases
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i64).range(1..))]
     pub classes: Option<i64>,
-    /// What to do to the tokens in training, a TOML file; what is evaluated is the original model
-    #[arg(long, value_name = "FILE")]
-    pub recipe: Option<PathBuf>,
-    /// Train with few tokens first and with more from stage to stage (ToE): the share of each, as in 0.5,0.75,1
-    #[arg(long, value_name = "SHARES", value_delimiter = ',', conflicts_with = "recipe", requires = "expand_at")]
-    pub expand: Option<Vec<f64>>,
-    /// The first epoch of each stage of --expand, as in 0,100,200
-    #[arg(long, value_name = "EPOCHS", value_delimiter = ',', requires = "expand")]
-    pub expand_at: Option<Vec<usize>>,
     /// Compute all tokens, also those that nothing reads
     #[arg(long)]
     pub keep_dead: bool,
@@ -96,7 +88,34 @@ pub struct TrainArgs {
     /// Print the manifest, of the stock format
     #[arg(long)]
     pub json: bool,
+    /// What to do to the tokens in training, a TOML file; what is evaluated is the original model. Passes of the options
+    /// below come after those of the file, a merge before a pruning
+    #[arg(long, value_name = "FILE", help_heading = TOKENS)]
+    pub recipe: Option<PathBuf>,
+    /// Merge, prune or expand in this tower only, of a model with several [default: in every one that allows it]
+    #[arg(long, value_name = "NAME", help_heading = TOKENS)]
+    pub tower: Option<String>,
+    /// Train with few tokens first and with more from stage to stage (ToE): the share of each, as in 0.5,0.75,1
+    #[arg(long, value_name = "SHARES", value_delimiter = ',', requires = "expand_at", help_heading = TOKENS)]
+    pub expand: Option<Vec<f64>>,
+    /// The first epoch of each stage of --expand, as in 0,100,200
+    #[arg(long, value_name = "EPOCHS", value_delimiter = ',', requires = "expand", help_heading = TOKENS)]
+    pub expand_at: Option<Vec<usize>>,
+    /// Merging, where wanted.
+    #[command(flatten, next_help_heading = MERGING)]
+    pub merge: Option<MergeOptions>,
+    /// Let attention take the sizes of tokens into account: a model that is trained without learns what they weigh
+    #[arg(long, requires = "MergeOptions", help_heading = MERGING)]
+    pub proportional: bool,
+    /// Pruning, where wanted.
+    #[command(flatten, next_help_heading = PRUNING)]
+    pub prune: Option<PruneOptions>,
 }
+
+/// Headings of the help.
+const TOKENS: &str = "Tokens in training";
+const MERGING: &str = "Merging in training (ToMe)";
+const PRUNING: &str = "Pruning in training (EViT, Tri-Level E-ViT)";
 
 /// A set of files on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -163,24 +182,35 @@ impl TrainArgs {
             LossArg::Mse => Loss::MeanSquaredError,
             LossArg::Output(name) => Loss::Output(name.clone()),
         };
-        let recipe = match (&self.recipe, &self.expand) {
-            (None, Some(keep)) => {
-                let (keep, epochs) = (keep.clone(), self.expand_at.clone().unwrap_or_default());
-                let spec = ExpandSpec { keep, epochs, ..ExpandSpec::default() };
-                Recipe { passes: vec![PassSpec::Expand(spec)] }
-            }
-            (Some(path), _) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-                Recipe::parse(&text)?
-            }
-            (None, None) => Recipe::default(),
-        };
+        let recipe = self.recipe()?;
         let selection = Selection { freeze: self.freeze.clone(), unfreeze: self.unfreeze.clone() };
         let rate = share("--drop-path", self.drop_path)?;
         let drop_path = (rate > 0.0).then_some(DropPath { rate, seed: self.seed });
         let classes = self.classes.map(|count| Classes { count, seed: self.seed });
         let (output, keep_dead) = (self.of.clone(), self.keep_dead);
         Ok(Request { loss, output, classes, selection, recipe, keep_dead, drop_path })
+    }
+
+    /// What the file says, then what the options do. A merge before a pruning: what that fuses is not merged.
+    fn recipe(&self) -> Result<Recipe> {
+        let tower = || self.tower.clone();
+        let mut passes = Vec::new();
+        if let Some(options) = &self.merge {
+            let proportional = self.proportional.then_some(true);
+            passes.push(PassSpec::Merge(MergeSpec { tower: tower(), proportional, ..options.spec()? }));
+        }
+        if let Some(options) = &self.prune {
+            passes.push(PassSpec::Prune(PruneSpec { tower: tower(), ..options.spec() }));
+        }
+        if let (Some(keep), Some(epochs)) = (self.expand.clone(), self.expand_at.clone()) {
+            passes.push(PassSpec::Expand(ExpandSpec { tower: tower(), keep, epochs, ..ExpandSpec::default() }));
+        }
+        if self.tower.is_some() && passes.is_empty() {
+            bail!("--tower is of merging, pruning and expansion: say which, with -r, --keep or --expand");
+        }
+        let mut recipe = self.recipe.as_deref().map(read_recipe).transpose()?.unwrap_or_default();
+        recipe.passes.extend(passes);
+        Ok(recipe)
     }
 
     fn update(&self) -> Result<Option<Update>> {

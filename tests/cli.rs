@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use common::Folder;
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use vitrim::feeds::{self, FeedArgs};
 use vitrim::runtime::{self, RuntimeArgs};
 use vitrim::tensor::npz::write_npz;
@@ -37,10 +37,7 @@ impl Folder {
     }
 
     fn names(&self) -> BTreeSet<String> {
-        let entries = self.path().read_dir().expect("the folder can be listed");
-        entries
-            .map(|entry| entry.expect("the folder can be listed").file_name().to_string_lossy().into_owned())
-            .collect()
+        names(self.path())
     }
 
     fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Output {
@@ -78,6 +75,12 @@ impl Folder {
         assert_eq!(self.names(), before, "{line}");
         told
     }
+}
+
+/// What is in a folder.
+fn names(folder: &Path) -> BTreeSet<String> {
+    let entries = folder.read_dir().expect("the folder can be listed");
+    entries.map(|entry| entry.expect("the folder can be listed").file_name().to_string_lossy().into_owned()).collect()
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -884,11 +887,7 @@ fn nothing_else_is_left_in_the_folder() {
 #[test]
 fn train_writes_what_each_runtime_trains_with() {
     let folder = Folder::new();
-    let files = |name: &str| {
-        let entries = folder.at(name).read_dir().expect("the folder can be listed");
-        let name = |entry: std::io::Result<fs::DirEntry>| entry.expect("it can be listed").file_name().into_string();
-        entries.map(|entry| name(entry).expect("it is UTF-8")).collect::<BTreeSet<_>>()
-    };
+    let files = |name: &str| names(&folder.at(name));
     let out = folder.prints(&["train", &vit(), "stock"]);
     assert!(out.starts_with("trains ") && out.ends_with("written to stock\n"), "{out}");
     let expected = ["eval.onnx", "manifest.json", "parameters.safetensors", "train.onnx"].map(str::to_owned);
@@ -912,4 +911,111 @@ fn train_writes_what_each_runtime_trains_with() {
     assert_eq!(notes.matches("note: ONNX Runtime Training ").count(), 2, "{notes}");
     let expected = ["checkpoint", "eval_model.onnx", "optimizer_model.onnx", "training_model.onnx"].map(str::to_owned);
     assert_eq!(files("ort"), BTreeSet::from(expected));
+}
+
+#[test]
+fn expansion_trains_in_stages_in_every_format() {
+    let folder = Folder::new();
+    let expand = ["--expand", "0.5,0.75,1", "--expand-at", "0,100,200"];
+    folder.prints(&[&["train", &vit(), "stock"][..], &expand].concat());
+    let stages = ["train_0.5.onnx", "train_0.75.onnx", "train.onnx"];
+    let files = |all: &[&str]| all.iter().copied().map(str::to_owned).collect::<BTreeSet<_>>();
+    let expected = [&stages[..], &["eval.onnx", "manifest.json", "parameters.safetensors"]].concat();
+    assert_eq!(names(&folder.at("stock")), files(&expected));
+    let manifest: Json = serde_json::from_slice(&folder.bytes("stock/manifest.json")).expect("it is JSON");
+    let schedule =
+        |(at, epoch, keep): (usize, usize, f64)| json!({ "epoch": epoch, "keep": keep, "graph": stages[at] });
+    assert_eq!(manifest["schedules"], Json::from_iter([(0, 0, 0.5), (1, 100, 0.75), (2, 200, 1.0)].map(schedule)));
+
+    let output = folder.run(&[&["train", &vit(), "ort", "--format", "ort-training"][..], &expand].concat());
+    let notes = text(&output.stderr);
+    assert!(output.status.success(), "{notes}");
+    let stages = ["training_model_0.5.onnx", "training_model_0.75.onnx", "training_model.onnx"];
+    let expected = [&stages[..], &["checkpoint", "eval_model.onnx", "optimizer_model.onnx"]].concat();
+    assert_eq!(names(&folder.at("ort")), files(&expected));
+    let note = "note: train in stages, each from the checkpoint of the one before: training_model_0.5.onnx from epoch 0 on, \
+                training_model_0.75.onnx from epoch 100 on, training_model.onnx from epoch 200 on\n";
+    assert!(notes.contains(note), "{notes}");
+}
+
+/// The short forms of `merge` and `prune`, in training: each is the recipe that it stands for.
+#[test]
+fn training_has_the_short_forms_of_merging_and_pruning() {
+    let folder = Folder::new();
+    let vit = vit();
+    let merge = "[[pass]]\nkind = \"merge\"\n";
+    let prune = "[[pass]]\nkind = \"prune\"\n";
+    for (request, recipe, dials) in [
+        (&["-r", "4"][..], format!("{merge}r = 4\n"), json!([])),
+        (&["-r", "4", "--proportional"], format!("{merge}r = 4\nproportional = true\n"), json!([])),
+        (&["--ratio", "0.1", "--metric", "query"], format!("{merge}ratio = 0.1\nmetric = \"query\"\n"), json!([])),
+        (
+            &["-r", "4", "--runtime-r"],
+            format!("{merge}r = 4\nruntime_r = true\n"),
+            json!([{ "input": "r", "dtype": "int64", "default": 4.0 }]),
+        ),
+        (
+            &["--keep", "0.7", "--at", "1,2", "--fuse"],
+            format!("{prune}keep = 0.7\nat = [1, 2]\nfuse = true\n"),
+            json!([]),
+        ),
+        (
+            &["--keep", "0.7", "--at", "1", "--attention-keep", "0.5", "--runtime-keep"],
+            format!("{prune}keep = 0.7\nat = [1]\nattention_keep = 0.5\nruntime_keep = true\n"),
+            json!([
+                { "input": "keep", "dtype": "float64", "default": 0.7 },
+                { "input": "attention_keep", "dtype": "float64", "default": 0.5 },
+            ]),
+        ),
+        // A merge comes first, wherever it is written.
+        (
+            &["--keep", "1,0.7", "-r", "4", "--tower", "pixel_values"],
+            format!("{merge}r = 4\ntower = \"pixel_values\"\n{prune}keep = [1.0, 0.7]\ntower = \"pixel_values\"\n"),
+            json!([]),
+        ),
+    ] {
+        folder.write("r.toml", recipe);
+        let manifest = folder.json(&[&["train", &vit, "short", "--gradients-only"][..], request].concat());
+        assert_eq!(manifest["dials"], dials, "{request:?}");
+        folder.prints(&["train", &vit, "long", "--gradients-only", "--recipe", "r.toml"]);
+        for name in names(&folder.at("long")) {
+            let [long, short] = ["long", "short"].map(|side| folder.bytes(&format!("{side}/{name}")));
+            assert!(long == short, "{request:?}: {name} is another");
+        }
+        // It is no graph of the whole model.
+        assert!(folder.bytes("short/gradients.onnx") != folder.bytes("short/eval.onnx"));
+        for side in ["long", "short"] {
+            fs::remove_dir_all(folder.at(side)).expect("the folder can be removed");
+        }
+    }
+
+    // Passes of options come after those of a file.
+    folder.write("r.toml", format!("{merge}r = 4\n"));
+    folder.prints(&["train", &vit, "both", "--recipe", "r.toml", "--keep", "1,0.7"]);
+    let recipe = folder.model("both/train.onnx").metadata("vitrim.recipe").map(str::to_owned);
+    let recipe = recipe.expect("the recipe is recorded");
+    let kinds: Vec<&str> = recipe.lines().filter(|line| line.starts_with("kind")).collect();
+    assert_eq!(kinds, ["kind = \"merge\"", "kind = \"prune\""], "{recipe}");
+
+    folder.write("expand.toml", "[[pass]]\nkind = \"expand\"\n");
+    for (request, message) in [
+        (&["-r", "4", "--expand", "0.5,1", "--expand-at", "0,9"][..], "expansion acts alone"),
+        (&["--keep", "1,0.7", "--recipe", "expand.toml"], "expansion acts alone"),
+        (&["--expand", "0.5,1", "--expand-at", "0,9", "--recipe", "expand.toml"], "the stages of one expansion"),
+        (&["--align", "8"], "how much to merge is not given"),
+        (&["--keep", "0.7"], "in block 9"),
+        (&["--tower", "no such"], "--tower is of merging, pruning and expansion"),
+        (&["-r", "4", "--tower", "no such"], "no such"),
+    ] {
+        let told = folder.refuses(&[&["train", &vit, "out"][..], request].concat());
+        assert!(told.contains(message), "{request:?}\n{told}");
+    }
+    for request in [&["--at", "1"][..], &["--proportional"], &["-r", "4", "--ratio", "0.1"]] {
+        assert_eq!(folder.run(&[&["train", &vit, "out"][..], request].concat()).status.code(), Some(2), "{request:?}");
+    }
+    for command in
+        [&["merge", &vit, "out.onnx"][..], &["prune", &vit, "out.onnx"], &["prune", &vit, "out.onnx", "--at", "1"]]
+    {
+        assert_eq!(folder.run(command).status.code(), Some(2), "{command:?}");
+    }
 }

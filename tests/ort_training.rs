@@ -3,15 +3,18 @@
 
 mod common;
 
+use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::path::Path;
 
 use common::ort_training::{Client, batch, expected, named, python, save};
 use common::vectors::Case;
-use common::{Folder, conclude, ort, relative, run, vector, vector_index, zoo};
+use common::{Folder, conclude, fixtures, ort, relative, run, vector, vector_index, zoo};
+use ndarray::{ArrayD, Axis, concatenate};
 use vitrim::runtime::Feeds;
 use vitrim::tensor::{DType, NamedTensors, Tensor};
 use vitrim_ir::{DataType, DimSpec, Function, GraphBuilder, Model, OpType, Tensor as IrTensor, TensorType};
-use vitrim_passes::recipe::{PassSpec, Recipe};
+use vitrim_passes::recipe::{ExpandSpec, KeepSpec, PassSpec, PruneSpec, Recipe};
 use vitrim_train::artifacts::{Artifacts, Checkpoint};
 use vitrim_train::loss::Loss;
 use vitrim_train::optimizer::{Optimizer, Update};
@@ -46,7 +49,14 @@ fn write(artifacts: &Artifacts, folder: &Path, source: &Path) {
 
 /// One batch as the first of a training.
 fn first(tensor: &Tensor, dtype: DType) -> Tensor {
-    Tensor::from_f64(dtype, &tensor.to_f64().insert_axis(ndarray::Axis(0)))
+    Tensor::from_f64(dtype, &tensor.to_f64().insert_axis(Axis(0)))
+}
+
+/// A parameter as it is fed.
+fn elements(tensor: &IrTensor) -> Tensor {
+    let dims: Vec<usize> = tensor.dims().iter().map(|&dim| dim as usize).collect();
+    let elements = tensor.to_f64s().expect("floats").into_owned();
+    Tensor::from_f64(DType::F32, &ArrayD::from_shape_vec(dims, elements).expect("as many as its extents say"))
 }
 
 /// Of the model as it is, merged, pruned and expanded: the graphs that evaluate are of the model as it is.
@@ -75,10 +85,7 @@ fn gradients_are_what_the_oracle_says() {
                 let gradient = named(&result, &format!("grad.{name}"));
                 let apart = relative(&expected(named(&arrays, &format!("grad.{name}"))), gradient);
                 // A step of rate 1 takes the gradient off.
-                let start = tensor.to_f64s().expect("floats").into_owned();
-                let start =
-                    ndarray::ArrayD::from_shape_vec(gradient.shape(), start).expect("as many as its extents say");
-                let stepped = Tensor::from_f64(DType::F32, &(start - gradient.to_f64()));
+                let stepped = Tensor::from_f64(DType::F32, &(elements(tensor).to_f64() - gradient.to_f64()));
                 let after = named(&result, &format!("param.{name}"));
                 let step = relative(&stepped, after);
                 feeds.push(name, after.clone());
@@ -137,12 +144,7 @@ fn models_of_the_zoo_train() {
         let labels = Tensor::from_vec(&[size], labels).expect("one for each image");
         data.push("labels", first(&labels, DType::I64));
         feeds.push("labels", labels);
-        for (name, tensor) in artifacts.checkpoint.parameters() {
-            let dims: Vec<usize> = tensor.dims().iter().map(|&dim| dim as usize).collect();
-            let elements = tensor.to_f64s().expect("floats").into_owned();
-            let array = ndarray::ArrayD::from_shape_vec(dims, elements).expect("as many as its extents say");
-            feeds.push(name, Tensor::from_f64(DType::F32, &array));
-        }
+        artifacts.checkpoint.parameters().for_each(|(name, tensor)| feeds.push(name, elements(tensor)));
         let (path, plain) = (folder.at("data.npz"), folder.at("gradients.onnx"));
         save(&path, &data);
         Model::write(training.gradients.verify().unwrap(), &plain, &entry.model)
@@ -222,4 +224,138 @@ fn names_frozen_parameters_functions_and_split_checkpoints_are_understood() {
     for (name, tensor) in whole.iter() {
         assert_eq!(tensor.to_f64(), named(&again, name).to_f64(), "{name}");
     }
+}
+
+/// A few images and labels of the oracle's, for each of so many steps.
+fn batches(steps: usize) -> NamedTensors {
+    let (inputs, arrays) = (vector("model_a_00_none.npz"), vector("grad_a_00_none.npz"));
+    let mut data = NamedTensors::default();
+    for (name, tensor, dtype) in
+        [("images", named(&inputs, "in_images"), DType::F32), ("labels", named(&arrays, "labels"), DType::I64)]
+    {
+        let one = tensor.to_f64().insert_axis(Axis(0));
+        data.push(
+            name,
+            Tensor::from_f64(dtype, &concatenate(Axis(0), &vec![one.view(); steps]).expect("of one shape")),
+        );
+    }
+    data
+}
+
+/// How much is kept is an input of the model that trains, and not of the one that evaluates: what it is told there, a graph
+/// that was made for it does in the stock runtime.
+#[test]
+fn dials_are_inputs_of_the_training_model() {
+    let Some(python) = python() else { return };
+    let folder = Folder::new();
+    let source = fixtures().join("vectors/weights_a.onnx");
+    let prune = |keep: f64, share: f64, runtime_keep: bool| {
+        let (keep, attention_keep) = (KeepSpec::Constant(keep), Some(share));
+        let spec = PruneSpec { keep, at: Some(vec![1]), attention_keep, runtime_keep, ..PruneSpec::default() };
+        training(&source, vec![PassSpec::Prune(spec)]).unwrap_or_else(|refusal| panic!("{refusal}"))
+    };
+    let artifacts = Artifacts::new(&prune(0.7, 0.3, true), &SGD).unwrap_or_else(|refusal| panic!("{refusal}"));
+    let note = "ONNX Runtime Training leaves no input out: feed keep, attention_keep too, last, to train";
+    assert_eq!(artifacts.notes, [note]);
+    write(&artifacts, folder.path(), &source);
+    let (mut count, mut failures, mut before) = (0, Vec::new(), None);
+    for (keep, share) in [(0.5, 0.5), (0.7, 0.3), (1.0, 1.0)] {
+        let mut data = batches(1);
+        for (name, value) in [("keep", keep), ("attention_keep", share)] {
+            data.push(name, Tensor::from_vec(&[1], vec![value]).expect("one for each step"));
+        }
+        let path = folder.at("data.npz");
+        save(&path, &data);
+        let result = Client { python: &python, artifacts: folder.path(), data: &path }.run(0..1, RATE, &[]);
+        let loss = named(&result, "out.loss").to_f64().sum();
+        assert!(before.replace(loss).is_none_or(|before: f64| (before - loss).abs() > 1e-4), "what is told acts");
+
+        let made = prune(keep, share, false);
+        let mut feeds = Feeds::default();
+        for name in ["images", "labels"] {
+            feeds.push(name, batch(named(&data, name), 0));
+        }
+        for parameter in &made.parameters {
+            feeds.push(parameter.name.clone(), elements(&parameter.tensor));
+        }
+        let plain = folder.at("gradients.onnx");
+        Model::write(made.gradients.verify().unwrap(), &plain, &source).unwrap_or_else(|error| panic!("{error}"));
+        let stock = run(ort().as_ref(), &plain, &feeds);
+        for parameter in &made.parameters {
+            let stock = stock.get(&gradient_name(&parameter.name)).expect("an output");
+            let apart = relative(stock, named(&result, &format!("grad.{}", parameter.name)));
+            count += 1;
+            if apart > GRADIENT_TOLERANCE {
+                failures.push(format!("{keep}, {share}: {} {apart:e} off", parameter.name));
+            }
+        }
+    }
+    conclude("settings", count, &failures);
+}
+
+/// What a parameter may be from AdamW in float64 on the runtime's own gradients, as a share of the learning rate, which is
+/// about what a step moves it by: float32 roundings of a step, besides those of the parameter itself.
+const STEP_TOLERANCE: f64 = 1e-4;
+
+/// Two steps with half of the tokens, and two with all, from the checkpoint of the former: moments and the number of the
+/// step go on.
+#[test]
+fn stages_go_on_from_the_checkpoint_of_the_stage_before() {
+    let Some(python) = python() else { return };
+    let folder = Folder::new();
+    let source = fixtures().join("vectors/weights_a.onnx");
+    let expand = ExpandSpec { epochs: vec![0, 1], keep: vec![0.5, 1.0], ..ExpandSpec::default() };
+    let training = training(&source, vec![PassSpec::Expand(expand)]).unwrap_or_else(|refusal| panic!("{refusal}"));
+    let artifacts = Artifacts::new(&training, &of(Optimizer::ADAMW)).unwrap_or_else(|refusal| panic!("{refusal}"));
+    write(&artifacts, folder.path(), &source);
+    let data = folder.at("data.npz");
+    save(&data, &batches(4));
+    let Optimizer::AdamW { beta1, beta2, epsilon, weight_decay } = Optimizer::ADAMW else { panic!("it is AdamW") };
+    let client = Client { python: &python, artifacts: folder.path(), data: &data };
+    let mut state: HashMap<&str, [ArrayD<f64>; 3]> = HashMap::new();
+    for parameter in &training.parameters {
+        let first = elements(&parameter.tensor).to_f64();
+        let zeros = ArrayD::zeros(first.shape());
+        state.insert(&parameter.name, [first, zeros.clone(), zeros]);
+    }
+    let (mut count, mut worst, mut failures, mut losses) = (0, 0.0, Vec::new(), Vec::new());
+    let mut checkpoint = folder.at("checkpoint");
+    for step in 0..4 {
+        let graph = if step < 2 { "training_model_0.5.onnx" } else { "training_model.onnx" };
+        let saved = folder.at(&format!("after_{step}"));
+        let options: [&OsStr; 6] = [
+            "--training".as_ref(),
+            graph.as_ref(),
+            "--checkpoint".as_ref(),
+            checkpoint.as_ref(),
+            "--save".as_ref(),
+            saved.as_ref(),
+        ];
+        let result = client.run(step..step + 1, RATE, &options);
+        losses.push(named(&result, "out.loss").to_f64().sum());
+        let correction = |beta: f64| 1.0 - beta.powi(step as i32 + 1);
+        for (&name, [value, mean, variance]) in &mut state {
+            let gradient = named(&result, &format!("grad.{name}")).to_f64();
+            assert!(gradient.iter().all(|x| x.is_finite()), "{name}: a gradient of step {step}");
+            let given = named(&result, &format!("param.{name}")).to_f64();
+            *mean = &*mean * beta1 + &gradient * (1.0 - beta1);
+            *variance = &*variance * beta2 + &gradient * &gradient * (1.0 - beta2);
+            let scale = (&*variance / correction(beta2)).mapv(f64::sqrt) + epsilon;
+            let after = &*value * (1.0 - RATE * weight_decay) - &*mean / correction(beta1) / scale * RATE;
+            let apart = ndarray::Zip::from(&given).and(&after).fold(0.0, |most: f64, given, after| {
+                let rounding = 2.0 * f64::from(f32::EPSILON) * after.abs();
+                most.max(((given - after).abs() - rounding) / RATE)
+            });
+            (count, worst) = (count + 1, f64::max(worst, apart));
+            if apart > STEP_TOLERANCE {
+                failures.push(format!("step {step}: {name} {apart:e} off"));
+            }
+            *value = given;
+        }
+        checkpoint = saved;
+    }
+    println!("losses {losses:?}; parameters {worst:e} of a step off");
+    // The batch is the same all the time: only its tokens become more.
+    assert!(losses[1] < losses[0] && losses[3] < losses[2], "it learns: {losses:?}");
+    conclude("steps", count, &failures);
 }

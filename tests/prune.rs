@@ -15,7 +15,7 @@ use vitrim::tensor::{DType, Tensor};
 use vitrim_ir::{DataType, Effect, Model, Patch, Span, TensorType, ValueId};
 use vitrim_passes::driver;
 use vitrim_passes::recipe::{KeepSpec, MergeSpec, PassSpec, PruneSpec, Recipe};
-use vitrim_passes::reduce::{KEEP_INPUT, R_INPUT, SOURCE_OUTPUT};
+use vitrim_passes::reduce::{ATTENTION_KEEP_INPUT, KEEP_INPUT, R_INPUT, SOURCE_OUTPUT};
 
 /// Keeps 70 % of the patches in these blocks.
 fn pruning(at: &[usize], fuse: bool) -> PassSpec {
@@ -321,6 +321,17 @@ fn one_file_keeps_every_share() {
             PassSpec::Prune(PruneSpec { keep, at, fuse, runtime_keep, ..PruneSpec::default() })
         });
     }
+}
+
+#[test]
+fn one_file_keeps_every_share_of_connections() {
+    let shares = [0.3, 0.6, 1.0];
+    let settings = shares.map(|share| Tensor::from_f64(DType::F64, &ArrayD::from_elem(vec![], share)));
+    dial_is_exact(ATTENTION_KEEP_INPUT, &settings, 1, |at, runtime_keep| {
+        let (keep, attention_keep) = (KeepSpec::Constant(0.7), Some(shares[at]));
+        let at = Some(vec![0, 1]);
+        PassSpec::Prune(PruneSpec { keep, at, attention_keep, runtime_keep, ..PruneSpec::default() })
+    });
 }
 
 #[test]

@@ -2,16 +2,18 @@
 
 mod common;
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
 
 use common::vectors::Case;
 use common::{Scratch, conclude, constant, fixtures, kernels, ort, relative, run, vector, vector_index, zoo};
 use ndarray::{ArrayD, arr0};
 use vitrim::runtime::Feeds;
 use vitrim::tensor::{DType, NamedTensors, Tensor};
-use vitrim_ir::Model;
+use vitrim_ir::{Def, Graph, Model, Node, NodeId, ValueId};
 use vitrim_passes::driver::prepare;
 use vitrim_passes::recipe::{ExpandSpec, KeepSpec, MergeSpec, PassSpec, PruneSpec, RSpec, Recipe};
+use vitrim_passes::reduce::{ATTENTION_KEEP_INPUT, KEEP_INPUT, R_INPUT};
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::Initial;
 use vitrim_train::optimizer::{Optimizer, Update};
@@ -57,13 +59,110 @@ fn gradients_of_expanded_models_are_what_the_oracle_says() {
 /// As many as are merged or kept in every block anyway, but said when the model runs.
 #[test]
 fn gradients_of_models_reduced_at_run_time_are_what_the_oracle_says() {
-    check_as(&["tome", "prune"], |pass| match pass {
+    check_as(&["tome", "prune", "trilevel"], |pass| match pass {
         PassSpec::Merge(spec @ MergeSpec { r: Some(RSpec::Constant(_)), .. }) => {
             PassSpec::Merge(MergeSpec { runtime_r: true, ..spec })
         }
         PassSpec::Prune(spec) => PassSpec::Prune(PruneSpec { runtime_keep: true, ..spec }),
         other => other,
     });
+}
+
+/// What a graph with a dial gives at a setting, and what one that was made for it gives, may differ by, relative to the
+/// largest entry: the same operators in other fusions, and float32 roundings of up to 4 blocks and back.
+const DIAL_TOLERANCE: f64 = 1e-5;
+
+/// What a graph is told where it is to do what this pass does.
+fn settings(pass: &PassSpec) -> Vec<(&'static str, DType, f64)> {
+    match pass {
+        PassSpec::Merge(MergeSpec { r: Some(RSpec::Constant(r)), .. }) => vec![(R_INPUT, DType::I64, *r as f64)],
+        PassSpec::Prune(PruneSpec { keep: KeepSpec::Constant(keep), attention_keep, .. }) => {
+            let attention_keep = attention_keep.map(|share| (ATTENTION_KEEP_INPUT, DType::F64, share));
+            [(KEEP_INPUT, DType::F64, *keep)].into_iter().chain(attention_keep).collect()
+        }
+        other => panic!("{other:?} has no dial"),
+    }
+}
+
+/// One graph for every setting: its gradients are those of the graph that was made for it; left alone, those of the
+/// setting that it was made with. The graph that evaluates cannot be told anything.
+#[test]
+fn one_graph_trains_at_every_setting() {
+    let shares = [(0.5, 0.3), (0.7, 1.0), (1.0, 0.5)];
+    let prune = |at: usize, fuse: bool, attention: bool| PruneSpec {
+        keep: KeepSpec::Constant(shares[at].0),
+        at: Some(vec![1, 2]),
+        fuse,
+        attention_keep: attention.then_some(shares[at].1),
+        ..PruneSpec::default()
+    };
+    let merge = |at: usize| PassSpec::Merge(constant([0, 2, 5][at]));
+    let kinds: [&dyn Fn(usize) -> PassSpec; 4] = [
+        &merge,
+        &|at| PassSpec::Prune(prune(at, false, false)),
+        &|at| PassSpec::Prune(prune(at, true, false)),
+        &|at| PassSpec::Prune(prune(at, false, true)),
+    ];
+    const DEFAULT: usize = 1;
+    let scratch = Scratch::new("training_dials");
+    let (mut count, mut failures) = (0, Vec::new());
+    // With a class token, and without.
+    for (weights, inputs) in [("a", "model_a_00_none.npz"), ("b", "model_b_08_tome.npz"), ("f", "model_f_41_tome.npz")]
+    {
+        let file = fixtures().join(format!("vectors/weights_{weights}.onnx"));
+        let model = Model::read(&file).unwrap_or_else(|error| panic!("{error}"));
+        let (inputs, mut arrays) = (vector(inputs), NamedTensors::default());
+        let size = inputs.get("in_images").expect("images").shape()[0];
+        arrays.push("labels", Tensor::from_vec(&[size], (0..size as i64).collect()).expect("one for each image"));
+        let training = |pass: PassSpec| {
+            Training::of(&model, &request(vec![pass])).unwrap_or_else(|refusal| panic!("{weights}: {refusal}"))
+        };
+        for kind in kinds {
+            let made = training(match kind(DEFAULT) {
+                PassSpec::Merge(spec) => PassSpec::Merge(MergeSpec { runtime_r: true, ..spec }),
+                PassSpec::Prune(spec) => PassSpec::Prune(PruneSpec { runtime_keep: true, ..spec }),
+                other => other,
+            });
+            let names = |graph: &Graph| {
+                graph.inputs().iter().map(|&input| graph.value(input).name().to_owned()).collect::<Vec<_>>()
+            };
+            let plain = Training::of(&model, &request(Vec::new())).unwrap_or_else(|refusal| panic!("{refusal}"));
+            assert_eq!(names(made.eval.graph()), names(plain.eval.graph()));
+            let path = scratch.save_as("dial", &made.gradients, &file);
+            let alone = feeds(&made, &arrays, &inputs);
+            let parameters: Vec<String> = made.parameters.iter().map(|one| gradient_name(&one.name)).collect();
+            let manifest = stock(made, None).unwrap_or_else(|refusal| panic!("{refusal}")).manifest;
+            let dials = manifest.dials.iter().map(|dial| (dial.input.as_str(), dial.dtype.as_str(), dial.default));
+            let expected = settings(&kind(DEFAULT));
+            let dtype = |dtype: &DType| if *dtype == DType::I64 { "int64" } else { "float64" };
+            assert!(dials.eq(expected.iter().map(|(name, kind, value)| (*name, dtype(kind), *value))), "{manifest:?}");
+            for at in 0..shares.len() {
+                let fixed = scratch.save_as("fixed", &training(kind(at)).gradients, &file);
+                let mut told = alone.clone();
+                for (name, dtype, value) in settings(&kind(at)) {
+                    told.push(name, Tensor::from_f64(dtype, &arr0(value).into_dyn()));
+                }
+                for backend in [ort(), kernels()] {
+                    let expected = run(backend.as_ref(), &fixed, &alone);
+                    let given = [Some(&told), (at == DEFAULT).then_some(&alone)];
+                    for (feeds, given) in given.into_iter().flatten().enumerate() {
+                        let given = run(backend.as_ref(), &path, given);
+                        for name in &parameters {
+                            let [expected, given] = [&expected, &given].map(|outputs| outputs.get(name));
+                            let apart = relative(expected.expect("a gradient"), given.expect("a gradient"));
+                            count += 1;
+                            if apart > DIAL_TOLERANCE {
+                                let (pass, backend) = (kind(at), backend.name());
+                                failures
+                                    .push(format!("{weights}, {pass:?}, {feeds} in {backend}: {name} {apart:e} off"));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    conclude("settings", count, &failures);
 }
 
 /// The gradients of all parameters of the models that these methods were applied to, with the tokens that nothing reads
@@ -198,6 +297,127 @@ fn what_has_gradients_has_them_reduced() {
         }
     }
     conclude("reduced models with gradients", count, &failures);
+}
+
+/// What is evaluated is the original model, node for node: as it was prepared (functions of others inlined, an old operator
+/// set lifted, in canonical form), each parameter an input or a constant of the same elements (equal ones are untied), and
+/// no dropout that acts. Besides there is the loss alone, behind the output that is judged. What is done to the tokens in
+/// training changes not a byte of it.
+#[test]
+fn what_is_evaluated_is_the_original_model() {
+    let prune = PruneSpec { keep: KeepSpec::Constant(0.7), at: Some(vec![0]), ..PruneSpec::default() };
+    let passes = [
+        PassSpec::Merge(constant(2)),
+        PassSpec::Prune(PruneSpec { attention_keep: Some(0.5), runtime_keep: true, ..prune.clone() }),
+        PassSpec::Prune(prune),
+        PassSpec::Expand(ExpandSpec::default()),
+    ];
+    let (mut nodes, mut models, mut reduced, mut failures) = (0, 0, 0, Vec::new());
+    for entry in zoo() {
+        // A loss of any output, whatever its shape.
+        let request = |passes| Request { recipe: Recipe { passes }, ..Request::new(Loss::MeanSquaredError) };
+        let Ok(plain) = Training::of(&entry.read(), &request(Vec::new())) else { continue };
+        let (prepared, _) = prepare(&entry.read()).unwrap_or_else(|refusal| panic!("{}: {refusal}", entry.name));
+        models += 1;
+        match is_original(&prepared, &plain) {
+            Ok(count) => nodes += count,
+            Err(reason) => failures.push(format!("{}: {reason}", entry.name)),
+        }
+        let bytes = |training: &Training| Model::to_bytes(training.eval.verify().expect("it is valid"));
+        for pass in &passes {
+            let Ok(training) = Training::of(&entry.read(), &request(vec![pass.clone()])) else { continue };
+            reduced += 1;
+            if bytes(&training) != bytes(&plain) {
+                failures.push(format!("{}: {pass:?} changes what is evaluated", entry.name));
+            }
+        }
+    }
+    println!("{nodes} nodes of {models} models; {reduced} evaluations beside reduced ones");
+    assert!(reduced > 0);
+    conclude("models that are evaluated", models, &failures);
+}
+
+/// Whether `training` evaluates `original`; says how many nodes there are to the output that is judged.
+fn is_original(original: &Model, training: &Training) -> Result<usize, String> {
+    let (original, eval) = (original.graph(), training.eval.graph());
+    let judged = original.outputs()[0];
+    let twin = |value: ValueId| eval.find_value(original.value(value).name());
+    let is_twin = |value: ValueId, other: ValueId| match held(original, value) {
+        None => twin(value) == Some(other),
+        Some(tensor) => {
+            let name = eval.value(other).name();
+            let parameter = training.parameters.iter().find(|parameter| parameter.name == name);
+            match parameter.filter(|_| *eval.value(other).def() == Def::Input) {
+                Some(parameter) => parameter.tensor == *tensor,
+                None => held(eval, other).is_some_and(|own| own == tensor),
+            }
+        }
+    };
+    let own = ancestors(original, judged);
+    for &id in &own {
+        let node = original.node(id);
+        let first = node.results().next().ok_or("a node without results")?;
+        let what = || original.value(first).name().to_owned();
+        let (other, _) =
+            twin(first).and_then(|value| eval.producer(value)).ok_or_else(|| format!("no '{}'", what()))?;
+        let other = eval.node(other);
+        // Of dropout the third operand says whether it acts.
+        let taken = if node.is("Dropout") { 2 } else { node.inputs.len() };
+        let operands = |node: &Node| node.inputs.iter().take(taken).copied().collect::<Vec<_>>();
+        let (before, after) = (operands(node), operands(other));
+        let is_same = before.len() == after.len()
+            && other.inputs.iter().skip(taken).all(Option::is_none)
+            && before.into_iter().zip(after).all(|pair| match pair {
+                (Some(value), Some(other)) => is_twin(value, other),
+                (before, after) => before == after,
+            });
+        let captures: Vec<ValueId> = node.dependencies().skip(node.operands().count()).collect();
+        let are_captured = captures.iter().all(|&value| other.dependencies().any(|other| is_twin(value, other)));
+        if node.op != other.op || node.attributes != other.attributes || !is_same || !are_captured {
+            return Err(format!("'{}' is computed in another way", what()));
+        }
+    }
+    // What else there is reads the judged output, the labels, numbers of its own, and nothing else of the model.
+    let judged = twin(judged).ok_or("no output")?;
+    let kept: HashSet<NodeId> = ancestors(eval, judged).into_iter().collect();
+    if kept.len() != own.len() {
+        return Err(format!("{} nodes are {}", own.len(), kept.len()));
+    }
+    let allowed = |value: ValueId| {
+        let name = eval.value(value).name();
+        let is_parameter = training.parameters.iter().any(|parameter| parameter.name == name);
+        match eval.producer(value) {
+            Some((id, _)) => value == judged || !kept.contains(&id),
+            None => !is_parameter && (eval.constant(value).is_some() || training.heads.labels.as_deref() == Some(name)),
+        }
+    };
+    let mut others = eval.nodes().filter(|(id, _)| !kept.contains(id));
+    match others.find(|(_, node)| !node.dependencies().all(allowed)) {
+        Some((_, node)) => Err(format!("{} '{}' is none of the loss", node.op, node.name)),
+        None => Ok(own.len()),
+    }
+}
+
+/// The elements of a constant, or of an input that may be left out.
+fn held(graph: &Graph, value: ValueId) -> Option<Cow<'_, vitrim_ir::Tensor>> {
+    match graph.value(value).def() {
+        Def::Default(tensor) => Some(Cow::Borrowed(tensor)),
+        _ => graph.constant(value),
+    }
+}
+
+/// The nodes that a value depends on, constants apart.
+fn ancestors(graph: &Graph, value: ValueId) -> Vec<NodeId> {
+    let (mut found, mut seen, mut pending) = (Vec::new(), HashSet::new(), vec![value]);
+    while let Some(value) = pending.pop() {
+        if let Some((id, _)) = graph.producer(value).filter(|_| graph.constant(value).is_none())
+            && seen.insert(id)
+        {
+            found.push(id);
+            pending.extend(graph.node(id).dependencies());
+        }
+    }
+    found
 }
 
 /// Three steps with everything on, against the same arithmetic in float64 on the gradients that the graph without an

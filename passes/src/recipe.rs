@@ -127,7 +127,7 @@ pub struct PruneSpec {
     /// Share of the connections between patches that later blocks keep (Tri-Level's attention level).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attention_keep: Option<f64>,
-    /// Whether the share is an input of the model; what is given here is its default.
+    /// Whether the shares are inputs of the model; what is given here are their defaults.
     #[serde(default, skip_serializing_if = "is_false")]
     pub runtime_keep: bool,
     /// Whether to add the output `token_source`; `token_source/NAME` for each tower of a model with several.

@@ -1,10 +1,12 @@
 """Trains with ONNX Runtime Training, from artifacts that vitrim wrote.
 
-    ort_training.py ARTIFACTS DATA OUT [--from N] [--to M] [--rate X] [--checkpoint FILE] [--save FILE] [--export FILE OUTPUT]
+    ort_training.py ARTIFACTS DATA OUT [--from N] [--to M] [--rate X] [--training NAME] [--checkpoint FILE] [--save FILE]
+                    [--export FILE OUTPUT]
 
 DATA (npz) has an array for each input, with one batch after the other along the first axis; steps N to M - 1 of it are
 taken. OUT (npz) gets `out.NAME` for each output, step by step; `grad.NAME`, the gradients of the last step; `param.NAME`
-and `eval.NAME`, parameters after it and what they give for its batch. --save writes a checkpoint with the optimizer's
+and `eval.NAME`, parameters after it and what they give for its batch. --training names another model that trains than
+training_model.onnx, that of an earlier stage. --save writes a checkpoint with the optimizer's
 state; --export writes a model for inference that gives one output."""
 import argparse
 import importlib.machinery
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--to", dest="end", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--training", default="training_model.onnx")
     parser.add_argument("--checkpoint")
     parser.add_argument("--save")
     parser.add_argument("--export", nargs=2)
@@ -71,16 +74,19 @@ def main() -> None:
         return os.path.join(args.artifacts, name)
 
     state = CheckpointState.load_checkpoint(args.checkpoint or file("checkpoint"))
-    module = Module(file("training_model.onnx"), state, file("eval_model.onnx"))
+    module = Module(file(args.training), state, file("eval_model.onnx"))
     optimizer = Optimizer(file("optimizer_model.onnx"), module)
     optimizer.set_learning_rate(args.rate)
     data = np.load(args.data)
-    inputs, outputs = module.input_names(), module.output_names()
+    outputs = module.output_names()
     steps, result = [], {}
+
+    def batch(step: int) -> list:
+        return [np.asarray(data[name][step]) for name in module.input_names()]
+
     for step in range(args.first, args.end):
-        batch = [data[name][step] for name in inputs]
         module.train()
-        steps.append(as_tuple(module(*batch)))
+        steps.append(as_tuple(module(*batch(step))))
         if step + 1 == args.end:
             # One that is frozen has none.
             trained = [(name, one) for name, one in state.parameters if one.requires_grad]
@@ -90,7 +96,7 @@ def main() -> None:
     result.update({f"out.{name}": np.stack(values) for name, values in zip(outputs, zip(*steps))})
     result.update({f"param.{name}": np.array(one.data) for name, one in state.parameters})
     module.eval()
-    result.update({f"eval.{name}": value for name, value in zip(module.output_names(), as_tuple(module(*batch)))})
+    result.update({f"eval.{name}": value for name, value in zip(module.output_names(), as_tuple(module(*batch(step))))})
     if args.save:
         CheckpointState.save_checkpoint(state, args.save, include_optimizer_state=True)
     if args.export:

@@ -21,7 +21,7 @@ pub mod weights;
 use std::collections::{HashMap, HashSet};
 
 use vitrim_autodiff::{Emitter, Rule, gradients, rules};
-use vitrim_ir::{DataType, Graph, Model, OpType, Patch, Shapes, ValueId, inline_functions};
+use vitrim_ir::{DataType, Def, Graph, Model, OpType, Patch, Shapes, Tensor, Value, ValueId, inline_functions};
 use vitrim_ops::gradient_rule;
 use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, FUNCTIONS_SINCE, Options, Report};
@@ -68,9 +68,13 @@ impl Request {
                 spec.proportional.get_or_insert(false);
             }
         }
-        let expands =
-            recipe.passes.iter().position(|pass| matches!(pass, PassSpec::Expand(spec) if spec.stage.is_none()));
-        let Some(at) = expands else { return Ok(vec![(StageOf { epoch: 0, keep: 1.0 }, recipe)]) };
+        let is_staged = |pass: &PassSpec| matches!(pass, PassSpec::Expand(spec) if spec.stage.is_none());
+        let Some(at) = recipe.passes.iter().position(is_staged) else {
+            return Ok(vec![(StageOf { epoch: 0, keep: 1.0 }, recipe)]);
+        };
+        if recipe.passes[at + 1..].iter().any(is_staged) {
+            return Err(Refusal::Request("a training has the stages of one expansion: leave the others out".into()));
+        }
         let PassSpec::Expand(spec) = &recipe.passes[at] else { return Err(internal("a pass is another")) };
         let schedule = spec.schedule()?;
         let stage = |(stage, (&epoch, &keep)): (usize, (&usize, &f64))| {
@@ -102,6 +106,29 @@ pub struct Stage {
     pub gradients: Model,
 }
 
+/// How much is done to the tokens, where a graph that trains can be told when it runs: an input that may be left out.
+#[derive(Clone, Debug)]
+pub struct Dial {
+    /// The input, a scalar.
+    pub name: String,
+    /// What it is where it is left out.
+    pub default: Tensor,
+}
+
+impl Dial {
+    /// The inputs that `gradients` can do without and `eval` has not.
+    fn all(gradients: &Graph, eval: &Graph) -> Vec<Self> {
+        let inputs = gradients.inputs().iter().map(|&input| gradients.value(input));
+        let of = |input: &Value| match input.def() {
+            Def::Default(default) if eval.find_value(input.name()).is_none() => {
+                Some(Self { name: input.name().into(), default: default.clone() })
+            }
+            _ => None,
+        };
+        inputs.filter_map(of).collect()
+    }
+}
+
 /// The graphs that every format is made of. All parameters are inputs of both, the last ones, under the same names and in
 /// the same order.
 #[derive(Debug)]
@@ -118,6 +145,8 @@ pub struct Training {
     pub heads: Heads,
     /// The parameters.
     pub parameters: Vec<Parameter>,
+    /// What the graphs of all stages can be told of the tokens when they run.
+    pub dials: Vec<Dial>,
     /// What was done to the tokens in training.
     pub report: Report,
     /// What the user should know.
@@ -180,7 +209,9 @@ impl Training {
             Ok(Stage { gradients: expose(&stage.gradients, &parameters)?, of: stage.of })
         };
         let earlier = stages.into_iter().map(expose).collect::<Result<_, Refusal>>()?;
-        Ok(Self { eval: eval?, gradients: gradients?, last, earlier, heads, parameters, report, notes })
+        let (eval, gradients) = (eval?, gradients?);
+        let dials = Dial::all(gradients.graph(), eval.graph());
+        Ok(Self { eval, gradients, last, earlier, heads, parameters, dials, report, notes })
     }
 }
 
@@ -299,7 +330,7 @@ fn expose(model: &Model, parameters: &[Parameter]) -> Result<Model, Refusal> {
 
 #[cfg(test)]
 mod tests {
-    use vitrim_ir::{DimSpec, GraphBuilder, Tensor, TensorType};
+    use vitrim_ir::{DimSpec, GraphBuilder, TensorType};
 
     use super::*;
 

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use crate::Dial;
 use crate::optimizer::Next;
 
 /// The manifest: `manifest.json`.
@@ -25,6 +26,8 @@ pub struct Manifest {
     pub correct: Option<String>,
     /// The parameters: inputs of all graphs. `parameters.safetensors` has what they begin with.
     pub parameters: Vec<ParameterEntry>,
+    /// Inputs of the graphs that train which may be left out: how much is done to the tokens.
+    pub dials: Vec<DialEntry>,
     /// What the step beside is fed: learning rate, number of the step and of batches, where there are any.
     pub scalars: Vec<String>,
     /// Which graph trains from which epoch on; the last is the one of `graphs`.
@@ -74,6 +77,18 @@ pub struct ParameterEntry {
     pub decay: bool,
 }
 
+/// A number that a graph that trains can be told.
+#[derive(Clone, Debug, Serialize)]
+pub struct DialEntry {
+    /// Its input, a scalar: `r` (tokens to merge in each block), `keep` (the share of the patches to keep) or
+    /// `attention_keep` (that of the connections between them).
+    pub input: String,
+    /// `int64` or `float64`.
+    pub dtype: String,
+    /// What it is where it is left out.
+    pub default: f64,
+}
+
 /// An input that is, in the next run, what an output is in this one.
 #[derive(Clone, Debug, Serialize)]
 pub struct StateEntry {
@@ -95,6 +110,16 @@ pub enum Initial {
     Parameter,
     /// With zeros.
     Zeros,
+}
+
+impl From<&Dial> for DialEntry {
+    fn from(Dial { name, default }: &Dial) -> Self {
+        let (dtype, default) = match default.to_i64s() {
+            Some(integers) => ("int64", integers.first().map(|&integer| integer as f64)),
+            None => ("float64", default.to_f64s().and_then(|numbers| numbers.first().copied())),
+        };
+        Self { input: name.clone(), dtype: dtype.into(), default: default.unwrap_or_default() }
+    }
 }
 
 impl From<&Next> for StateEntry {

@@ -19,7 +19,7 @@ pub struct Stock {
 
 /// The graphs of a training: with an update a whole step, without one the gradients alone.
 pub fn stock(training: Training, update: Option<&Update>) -> Result<Stock, Refusal> {
-    let Training { eval, gradients, last, earlier, heads, parameters, .. } = training;
+    let Training { eval, gradients, last, earlier, heads, parameters, dials, .. } = training;
     let is_parameter = |name: &str| parameters.iter().any(|parameter| parameter.name == name);
     let inputs = eval.graph().feeds().map(|input| eval.graph().value(input).name().to_owned());
     let inputs = inputs.filter(|name| !is_parameter(name) && heads.labels.as_ref() != Some(name)).collect();
@@ -49,6 +49,7 @@ pub fn stock(training: Training, update: Option<&Update>) -> Result<Stock, Refus
         per_example_loss: heads.per_example,
         correct: heads.correct,
         parameters: entries.collect(),
+        dials: dials.iter().map(Into::into).collect(),
         scalars: Vec::new(),
         schedules: Vec::new(),
         state: Vec::new(),

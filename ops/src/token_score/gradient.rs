@@ -1,6 +1,6 @@
 //! Softmax weights once more, and the way back from their mean.
 
-use vitrim_autodiff::{Undefined, Vjp};
+use vitrim_autodiff::{Int, Undefined, Vjp};
 use vitrim_ir::{DataType, Expr, ValueId};
 
 use crate::gradient::{Done, as_f32, as_type_of, attribute};
@@ -10,9 +10,11 @@ use crate::gradient::{Done, as_f32, as_type_of, attribute};
 pub(crate) fn score(vjp: &mut Vjp) -> Done {
     let (q, k, size, dy) = (vjp.x(0)?, vjp.x(1)?, vjp.x(2)?, vjp.dy()?);
     let scale = vjp.node.float("scale").ok_or("its attribute 'scale' is missing")?;
-    let tokens = vjp.dims(q)?[1].as_known().ok_or("the number of its queries is unknown")?;
-    let (queries, heads) = (attribute(vjp, "queries")?.min(tokens), attribute(vjp, "heads")?);
-    let chosen = if queries < tokens { vjp.slice(q, 1, 0, queries) } else { q };
+    let (wanted, heads) = (attribute(vjp, "queries")?, attribute(vjp, "heads")?);
+    let tokens = vjp.extent(q, 1)?;
+    let others = vjp.minus(tokens, Int::Known(wanted));
+    let others = vjp.larger(others, Int::Known(0));
+    let chosen = if others == Int::Known(0) { q } else { vjp.slice(q, 1, 0, wanted) };
     let (q_heads, k_heads) = (Heads::of(vjp, "q_at", q)?, Heads::of(vjp, "k_at", k)?);
     let [chosen, keys] = [(q_heads.apart(vjp, chosen), q), (k_heads.apart(vjp, k), k)];
     let (chosen, keys) = (as_f32(vjp, chosen.0, chosen.1)?, as_f32(vjp, keys.0, keys.1)?);
@@ -26,7 +28,14 @@ pub(crate) fn score(vjp: &mut Vjp) -> Done {
     let scores = vjp.op("Add", &[scores, log]);
     let weights = vjp.op_with("Softmax", &[scores], &[("axis", vitrim_ir::Attribute::Int(-1))]);
 
-    let share = vjp.number(DataType::F32, 1.0 / (heads * queries) as f64);
+    let queries = vjp.minus(tokens, others);
+    let share = match vjp.times(queries, Int::Known(heads)) {
+        Int::Known(count) => vjp.number(DataType::F32, 1.0 / count as f64),
+        Int::Given(count) => {
+            let count = vjp.cast(count, DataType::F32);
+            vjp.op("Reciprocal", &[count])
+        }
+    };
     let dweights = vjp.op("Mul", &[dy, share]);
     let dweights = vjp.unsqueeze(dweights, &[1, 2]);
     let product = vjp.op("Mul", &[weights, dweights]);
@@ -36,7 +45,7 @@ pub(crate) fn score(vjp: &mut Vjp) -> Done {
     if vjp.wants(0) {
         let dq = vjp.op("MatMul", &[dscores, keys]);
         let dq = vjp.op("Mul", &[dq, scale]);
-        let dq = q_heads.joined(vjp, dq, tokens - queries);
+        let dq = q_heads.joined(vjp, dq, others);
         let dq = as_type_of(vjp, dq, q)?;
         vjp.give(0, dq);
     }
@@ -44,7 +53,7 @@ pub(crate) fn score(vjp: &mut Vjp) -> Done {
         // The queries are scaled already.
         let rows = vjp.transpose(dscores, &[0, 1, 3, 2]);
         let dk = vjp.op("MatMul", &[rows, chosen]);
-        let dk = k_heads.joined(vjp, dk, 0);
+        let dk = k_heads.joined(vjp, dk, Int::Known(0));
         let dk = as_type_of(vjp, dk, k)?;
         vjp.give(1, dk);
     }
@@ -76,15 +85,12 @@ impl Heads {
     }
 
     /// `[B, H, N, d]` as `[B, N + rows, W]`: zeros in all other channels, and in so many rows behind.
-    fn joined(&self, vjp: &mut Vjp, x: ValueId, rows: i64) -> ValueId {
+    fn joined(&self, vjp: &mut Vjp, x: ValueId, rows: Int) -> ValueId {
         let channels = self.heads * self.head_dim;
         let by_token = vjp.transpose(x, &[0, 2, 1, 3]);
         let joined = vjp.reshape(by_token, &[0, 0, channels]);
         let behind = self.width - self.at - channels;
-        if (self.at, behind, rows) == (0, 0, 0) {
-            return joined;
-        }
-        let pads = vjp.ints(&[0, 0, self.at, 0, rows, behind]);
-        vjp.op("Pad", &[joined, pads])
+        let known = Int::Known;
+        vjp.pad(joined, &[known(0), known(0), known(self.at)], &[known(0), rows, known(behind)])
     }
 }

@@ -10,7 +10,7 @@ use vitrim_ops::{ConnectionMask, ConnectionMaskDynamic, MaskedSoftmax};
 use super::open::ALL_QUERIES;
 use super::plan::Act;
 use super::precision::Coding;
-use super::{Rewriter, Stream};
+use super::{ATTENTION_KEEP_INPUT, Rewriter, Stream};
 use crate::Refusal;
 use crate::recognise::Attention;
 use crate::schedule::keep_count;
@@ -112,8 +112,8 @@ impl Rewriter<'_> {
         Ok(masked)
     }
 
-    /// The share of connections that the pruning at the end of `stream` leaves open.
-    pub(super) fn connect(&mut self, stream: &Stream, share: f64) -> Result<(), Refusal> {
+    /// The share of connections that the pruning at the end of `stream` leaves open; a default where it `is_input`.
+    pub(super) fn connect(&mut self, stream: &Stream, share: f64, is_input: bool) -> Result<(), Refusal> {
         let hint = format!("{}/mask", stream.hint);
         let weights = self.weights_of_all_heads(stream.block, &hint)?;
         let anchor = self.anchor_since_attention(stream, &hint)?;
@@ -127,7 +127,11 @@ impl Rewriter<'_> {
                 self.vitrim(&ConnectionMask, &hint, &[weights, anchor], &attributes, 1)[0]
             }
             None => {
-                let share = self.patch.constant(&format!("{hint}/share"), Tensor::floats(DataType::F64, &[], &[share]));
+                let share = Tensor::floats(DataType::F64, &[], &[share]);
+                let share = match is_input {
+                    true => self.input(ATTENTION_KEEP_INPUT, share)?,
+                    false => self.patch.constant(&format!("{hint}/share"), share),
+                };
                 let connections = self.share_of_patches(stream.value, share, &format!("{hint}/connections"));
                 self.vitrim(&ConnectionMaskDynamic, &hint, &[weights, anchor, connections], &ends, 1)[0]
             }

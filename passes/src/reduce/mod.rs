@@ -125,7 +125,7 @@ pub struct Prune {
     pub fuse: bool,
     /// Share of the connections between patches that later blocks keep: Tri-Level's attention level; all where not given.
     pub attention_keep: Option<f64>,
-    /// Whether the share is an input of the model, [`KEEP_INPUT`].
+    /// Whether the shares are inputs of the model, [`KEEP_INPUT`] and [`ATTENTION_KEEP_INPUT`].
     pub runtime: bool,
 }
 
@@ -186,6 +186,8 @@ pub const SOURCE_OUTPUT: &str = "token_source";
 pub const R_INPUT: &str = "r";
 /// The input that says which share of the patches to keep: a float64 scalar, as a share like 0.7 in float32 is another.
 pub const KEEP_INPUT: &str = "keep";
+/// The input that says which share of the connections between patches to keep: a float64 scalar too.
+pub const ATTENTION_KEEP_INPUT: &str = "attention_keep";
 
 /// A patch with what it does to each block.
 #[derive(Debug)]

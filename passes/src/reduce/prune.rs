@@ -59,7 +59,7 @@ impl Rewriter<'_> {
         after.size = sized.then_some(results[1]);
         after.grouping = Some(Grouping { anchor: results[2], others });
         match attention_keep {
-            Some(share) => self.connect(stream, share),
+            Some(share) => self.connect(stream, share, keep == Keep::Input),
             None => Ok(()),
         }
     }

@@ -36,8 +36,8 @@ const GRADIENTS: [&str; 3] = ["_grad", "_grad.accumulation.buffer", "_grad.accum
 /// What ONNX Runtime Training trains with.
 #[derive(Debug)]
 pub struct Artifacts {
-    /// (inputs, labels, parameters, gradients so far, whether these count) → (loss and other outputs, gradients); in the
-    /// last stage where there are several.
+    /// (inputs, labels, parameters, gradients so far, whether these count, dials) → (loss and other outputs, gradients); in
+    /// the last stage where there are several.
     pub training: Model,
     /// The same in the stages before it.
     pub earlier: Vec<(StageOf, Model)>,
@@ -131,6 +131,8 @@ struct Interface {
     /// Inputs and outputs of all models: what they were called, and what they are. The loss is the first output.
     inputs: Vec<(String, String)>,
     outputs: Vec<(String, String)>,
+    /// Inputs that models which train have besides, the last ones: none can be left out there.
+    dials: Vec<String>,
 }
 
 impl Interface {
@@ -152,14 +154,19 @@ impl Interface {
         let outputs = graph.outputs().iter().map(|&output| graph.value(output).name());
         let mut outputs: Vec<_> = outputs.filter(|name| !is_gradient(name)).map(named).collect();
         outputs.sort_by_key(|(before, _)| *before != training.heads.loss);
-        Self { inputs: inputs.filter(|name| !is_parameter(name)).map(named).collect(), outputs }
+        let dials = training.dials.iter().map(|dial| dial.name.clone()).collect();
+        Self { inputs: inputs.filter(|name| !is_parameter(name)).map(named).collect(), outputs, dials }
     }
 
     fn notes(&self) -> impl Iterator<Item = String> {
         let all = self.inputs.iter().chain(&self.outputs).filter(|(before, name)| before != name);
-        all.map(|(before, name)| {
+        let renamed = all.map(|(before, name)| {
             format!("'{before}' is called '{name}': ONNX Runtime Training takes what ends in '_grad' for a gradient")
-        })
+        });
+        let fed = (!self.dials.is_empty()).then(|| {
+            format!("ONNX Runtime Training leaves no input out: feed {} too, last, to train", self.dials.join(", "))
+        });
+        renamed.chain(fed)
     }
 
     /// A patch for the part of a model that gives the user's outputs.
@@ -193,6 +200,10 @@ impl Interface {
             }
         }
         let mut patch = self.forward(model)?;
+        for dial in &self.dials {
+            let value = graph.find_value(dial).ok_or_else(|| internal(format!("'{dial}' is gone")))?;
+            patch.externalise(value, dial);
+        }
         patch.import(MICROSOFT, 1);
         let buffers: Vec<ValueId> =
             trained.iter().map(|parameter| patch.feed(&name(parameter, "buffer"), &parameter.tensor.ty())).collect();
