@@ -75,8 +75,8 @@ pub const RAISED: i64 = 17;
 
 /// Lets a model that imports a version from [`LIFTED`] on import version [`RAISED`], if it is older; gives whether that is
 /// the version then, or a newer one. Nothing else changes: operators of version 13 mean the same in 17, where element
-/// types were added, attributes whose default is the old meaning, and operators; but for those that [`means_other`] names,
-/// with which a model stays as it is. So does one with local functions, which import a version of their own.
+/// types were added, attributes whose default is the old meaning, and operators; but for `BatchNormalization` that trains and
+/// `RoiAlign`, with which a model stays as it is. So does one with local functions, which import a version of their own.
 pub fn raise_opset(model: &mut Model) -> bool {
     let from = model.opsets.standard();
     if from >= RAISED {
