@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Output};
 
-use common::{Folder, Scratch, conclude, constant, fixtures, load, merge, ort, relative, run, zoo};
+use common::{Folder, Scratch, conclude, constant, fed, fixtures, load, merge, ort, relative, run, zoo};
 use ndarray::ArrayD;
 use vitrim::runtime::{Feeds, Outputs};
 use vitrim::tensor::{DType, Tensor};
@@ -41,12 +41,6 @@ fn trained(training: &Training) -> Vec<Parameter> {
     training.parameters.iter().enumerate().map(change).collect()
 }
 
-fn array(tensor: &vitrim_ir::Tensor) -> Tensor {
-    let dims: Vec<usize> = tensor.dims().iter().map(|&extent| extent as usize).collect();
-    let elements = tensor.to_f64s().expect("floats").into_owned();
-    Tensor::from_f64(DType::F32, &ArrayD::from_shape_vec(dims, elements).expect("as many as its extents say"))
-}
-
 fn output<'o>(outputs: &'o Outputs, name: &str) -> &'o Tensor {
     outputs.get(name).unwrap_or_else(|| panic!("{name} is an output"))
 }
@@ -73,7 +67,7 @@ fn exported_models_compute_what_was_evaluated() {
             let name = training.heads.logits.as_deref().expect("an output is judged");
             let mut all: Feeds = feeds.iter().map(|(name, tensor)| (name.to_owned(), tensor.clone())).collect();
             all.push("labels", Tensor::from_f64(DType::F32, &ArrayD::zeros(output(&outputs, name).shape())));
-            parameters.iter().for_each(|one| all.push(one.name.clone(), array(&one.tensor)));
+            parameters.iter().for_each(|one| all.push(one.name.clone(), fed(&one.tensor)));
             let eval = scratch.save_as("eval", &training.eval, &entry.model);
             let expected = run(backend.as_ref(), &eval, &all);
             let apart = relative(output(&expected, name), output(&outputs, name));

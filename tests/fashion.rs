@@ -3,8 +3,9 @@
 mod common;
 
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Command;
 
+use common::ort_training::output;
 use common::{Folder, fixtures, load, ort};
 use serde_json::Value as Json;
 use vitrim::feeds::{self, FeedArgs};
@@ -12,13 +13,6 @@ use vitrim::tensor::compare::top1;
 
 /// The first pictures of the file train, the others test.
 const TRAINED_ON: usize = 600;
-
-/// Runs a program to its end.
-fn done(command: &mut Command) -> Output {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    output
-}
 
 fn vitrim() -> Command {
     Command::new(env!("CARGO_BIN_EXE_vitrim"))
@@ -50,12 +44,11 @@ fn a_model_trains_from_random_weights() {
     let (graphs, kept) = (folder.at("graphs"), folder.at("kept"));
     let model = fixtures().join("fashion/fashion_vit.onnx");
     let stages = ["--expand", "0.5,0.75,1", "--expand-at", "0,2,4"];
-    done(vitrim().arg("train").args([&model, &graphs]).args(stages));
+    output(vitrim().arg("train").args([&model, &graphs]).args(stages));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/fashion.py");
     let mut run = Command::new(python);
     run.args([&script, &graphs]).arg("--quick").arg("--kernels").arg(library).arg("--save").arg(&kept);
-    let table = done(run.env("PYTHONDONTWRITEBYTECODE", "1")).stdout;
-    print!("{}", String::from_utf8_lossy(&table));
+    print!("{}", output(run.env("PYTHONDONTWRITEBYTECODE", "1")));
 
     let runs: Json = serde_json::from_slice(&std::fs::read(kept.join("runs.json")).expect("figures")).expect("JSON");
     let runs = runs.as_array().expect("a list");
@@ -68,7 +61,7 @@ fn a_model_trains_from_random_weights() {
         assert!(reached > 0.4, "{name}: {reached} of the pictures are told");
 
         let (checkpoint, trained) = (kept.join(format!("{name}.safetensors")), kept.join(format!("{name}.onnx")));
-        done(vitrim().arg("export-weights").args([&checkpoint, &model, &trained]));
+        output(vitrim().arg("export-weights").args([&checkpoint, &model, &trained]));
         // Roundings differ, which no picture here is close enough to feel.
         assert_eq!(accuracy(&trained), reached, "{name}: the exported model is another one");
     }

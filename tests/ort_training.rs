@@ -9,7 +9,7 @@ use std::path::Path;
 
 use common::ort_training::{Client, batch, expected, named, python, save};
 use common::vectors::Case;
-use common::{Folder, conclude, fixtures, ort, relative, run, vector, vector_index, zoo};
+use common::{Folder, conclude, fed, fixtures, ort, relative, run, vector, vector_index, zoo};
 use ndarray::{ArrayD, Axis, concatenate};
 use vitrim::runtime::Feeds;
 use vitrim::tensor::{DType, NamedTensors, Tensor};
@@ -52,13 +52,6 @@ fn first(tensor: &Tensor, dtype: DType) -> Tensor {
     Tensor::from_f64(dtype, &tensor.to_f64().insert_axis(Axis(0)))
 }
 
-/// A parameter as it is fed.
-fn elements(tensor: &IrTensor) -> Tensor {
-    let dims: Vec<usize> = tensor.dims().iter().map(|&dim| dim as usize).collect();
-    let elements = tensor.to_f64s().expect("floats").into_owned();
-    Tensor::from_f64(DType::F32, &ArrayD::from_shape_vec(dims, elements).expect("as many as its extents say"))
-}
-
 /// Of the model as it is, merged, pruned and expanded: the graphs that evaluate are of the model as it is.
 #[test]
 fn gradients_are_what_the_oracle_says() {
@@ -85,7 +78,7 @@ fn gradients_are_what_the_oracle_says() {
                 let gradient = named(&result, &format!("grad.{name}"));
                 let apart = relative(&expected(named(&arrays, &format!("grad.{name}"))), gradient);
                 // A step of rate 1 takes the gradient off.
-                let stepped = Tensor::from_f64(DType::F32, &(elements(tensor).to_f64() - gradient.to_f64()));
+                let stepped = Tensor::from_f64(DType::F32, &(fed(tensor).to_f64() - gradient.to_f64()));
                 let after = named(&result, &format!("param.{name}"));
                 let step = relative(&stepped, after);
                 feeds.push(name, after.clone());
@@ -144,7 +137,7 @@ fn models_of_the_zoo_train() {
         let labels = Tensor::from_vec(&[size], labels).expect("one for each image");
         data.push("labels", first(&labels, DType::I64));
         feeds.push("labels", labels);
-        artifacts.checkpoint.parameters().for_each(|(name, tensor)| feeds.push(name, elements(tensor)));
+        artifacts.checkpoint.parameters().for_each(|(name, tensor)| feeds.push(name, fed(tensor)));
         let (path, plain) = (folder.at("data.npz"), folder.at("gradients.onnx"));
         save(&path, &data);
         Model::write(training.gradients.verify().unwrap(), &plain, &entry.model)
@@ -276,7 +269,7 @@ fn dials_are_inputs_of_the_training_model() {
             feeds.push(name, batch(named(&data, name), 0));
         }
         for parameter in &made.parameters {
-            feeds.push(parameter.name.clone(), elements(&parameter.tensor));
+            feeds.push(parameter.name.clone(), fed(&parameter.tensor));
         }
         let plain = folder.at("gradients.onnx");
         Model::write(made.gradients.verify().unwrap(), &plain, &source).unwrap_or_else(|error| panic!("{error}"));
@@ -314,7 +307,7 @@ fn stages_go_on_from_the_checkpoint_of_the_stage_before() {
     let client = Client { python: &python, artifacts: folder.path(), data: &data };
     let mut state: HashMap<&str, [ArrayD<f64>; 3]> = HashMap::new();
     for parameter in &training.parameters {
-        let first = elements(&parameter.tensor).to_f64();
+        let first = fed(&parameter.tensor).to_f64();
         let zeros = ArrayD::zeros(first.shape());
         state.insert(&parameter.name, [first, zeros.clone(), zeros]);
     }

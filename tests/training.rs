@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use common::vectors::Case;
-use common::{Scratch, conclude, constant, fixtures, kernels, ort, relative, run, vector, vector_index, zoo};
+use common::{Scratch, conclude, constant, fed, fixtures, kernels, ort, relative, run, vector, vector_index, zoo};
 use ndarray::{ArrayD, arr0};
 use vitrim::runtime::Feeds;
 use vitrim::tensor::{DType, NamedTensors, Tensor};
@@ -223,16 +223,9 @@ fn feeds(graph: &Training, arrays: &NamedTensors, inputs: &NamedTensors) -> Feed
     feeds.push("images", inputs.get("in_images").expect("images").clone());
     feeds.push("labels", Tensor::from_f64(DType::I64, &arrays.get("labels").expect("labels").to_f64()));
     for parameter in &graph.parameters {
-        feeds.push(parameter.name.clone(), initial(parameter));
+        feeds.push(parameter.name.clone(), fed(&parameter.tensor));
     }
     feeds
-}
-
-/// The elements that a parameter begins with.
-fn initial(parameter: &Parameter) -> Tensor {
-    let dims: Vec<usize> = parameter.tensor.dims().iter().map(|&extent| extent as usize).collect();
-    let elements = parameter.tensor.to_f64s().expect("floats").into_owned();
-    Tensor::from_f64(DType::F32, &ArrayD::from_shape_vec(dims, elements).expect("as many as its extents say"))
 }
 
 /// The gradient of a parameter as the oracle has it.
@@ -453,7 +446,7 @@ fn steps_follow_the_gradients() {
         ];
         let parameters = training().parameters;
         let mut state: HashMap<String, Tensor> = HashMap::new();
-        let first = |name: &str| initial(parameters.iter().find(|one| one.name == name).expect("a parameter"));
+        let first = |name: &str| fed(&parameters.iter().find(|one| one.name == name).expect("a parameter").tensor);
         for entry in whole.manifest.state.iter().chain(&whole.manifest.accumulated) {
             let begin = first(&entry.parameter);
             let zeros = Tensor::from_f64(DType::F32, &ArrayD::zeros(begin.shape()));

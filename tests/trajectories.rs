@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 use common::ort_training::{Client, batch, expected, named, needed, output, python, script};
-use common::{Folder, conclude, fixtures, kernels, load, ort, relative, run, vector};
+use common::{Folder, conclude, fed, fixtures, kernels, load, ort, relative, run, vector};
 use ndarray::{ArrayD, arr0};
 use serde_json::{Value as Json, json};
 use vitrim::runtime::{Backend, Feeds};
@@ -20,7 +20,6 @@ use vitrim_train::artifacts::{Artifacts, Checkpoint};
 use vitrim_train::loss::Loss;
 use vitrim_train::manifest::{Initial, Manifest, StateEntry};
 use vitrim_train::optimizer::{Optimizer, Update};
-use vitrim_train::parameters::Parameter;
 use vitrim_train::stock::stock;
 use vitrim_train::{Request, Training};
 
@@ -121,7 +120,7 @@ impl Trajectory {
                 apart.slice_each_axis_mut(|_| ndarray::Slice::from(width..2 * width)).fill(0.0);
             }
             let rounding = STEPS as f64 * f64::from(f32::EPSILON) / 2.0 * norm(&end);
-            let apart = (norm(&apart) - rounding).max(0.0) / norm(&(end - initial(&parameter).to_f64()));
+            let apart = (norm(&apart) - rounding).max(0.0) / norm(&(end - fed(&parameter.tensor).to_f64()));
             (count, worst) = (count + 1, f64::max(worst, apart));
             if apart > PARAMETER_TOLERANCE {
                 failures.push(format!("{what}, {name}: {apart:e} off"));
@@ -130,13 +129,6 @@ impl Trajectory {
         println!("{what}: parameters {worst:e} off");
         conclude("parameters", count, &failures);
     }
-}
-
-/// What a parameter begins with.
-fn initial(parameter: &Parameter) -> Tensor {
-    let dims: Vec<usize> = parameter.tensor.dims().iter().map(|&dim| dim as usize).collect();
-    let values = parameter.tensor.to_f64s().expect("floats").into_owned();
-    Tensor::from_f64(DType::F32, &ArrayD::from_shape_vec(dims, values).expect("as many as its extents say"))
 }
 
 /// What everything here is measured by is itself measured by the oracle, whose vectors are float32.
@@ -173,7 +165,7 @@ impl<'t> Stock<'t> {
         let training = trajectory.training();
         let first = |entry: &StateEntry| {
             let parameter = training.parameters.iter().find(|parameter| parameter.name == entry.parameter);
-            let start = initial(parameter.expect("a parameter"));
+            let start = fed(&parameter.expect("a parameter").tensor);
             let zeros = Tensor::from_f64(DType::F32, &ArrayD::zeros(start.shape()));
             if entry.initial == Initial::Parameter { start } else { zeros }
         };

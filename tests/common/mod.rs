@@ -18,7 +18,7 @@ use vitrim::feeds::{self, FeedArgs};
 use vitrim::runtime::{self, Backend, Feeds, OpsLibrary, Outputs, RuntimeArgs, RuntimeKind, Session};
 use vitrim::tensor::compare::Comparison;
 use vitrim::tensor::npz::read_npz;
-use vitrim::tensor::{NamedTensors, Tensor};
+use vitrim::tensor::{DType, NamedTensors, Tensor};
 use vitrim_ir::Model;
 use vitrim_passes::Refusal;
 use vitrim_passes::driver::{self, Options, Report};
@@ -185,6 +185,13 @@ impl Entry {
         let coarse = |value| graph.constant(value).is_some_and(|tensor| matches!(tensor.dtype(), F16 | BF16 | I8 | U8));
         graph.nodes().any(|(_, node)| node.operands().any(coarse))
     }
+}
+
+/// A float32 tensor of a model as it is fed.
+pub fn fed(tensor: &vitrim_ir::Tensor) -> Tensor {
+    let dims: Vec<usize> = tensor.dims().iter().map(|&extent| extent as usize).collect();
+    let elements = tensor.to_f64s().expect("floats").into_owned();
+    Tensor::from_f64(DType::F32, &ArrayD::from_shape_vec(dims, elements).expect("as many as its extents say"))
 }
 
 /// The part of each feed that holds images `from..to`.

@@ -75,9 +75,13 @@ fn select(
         return refuse("the checkpoint holds no running means (NAME.ema)".into());
     }
     let find = |name: &str| mean_of(name).filter(|_| choice.ema).or_else(|| checkpoint.get(name));
-    let missing = parameters.iter().map(|one| one.name.as_str()).filter(|name| find(name).is_none());
-    let judged = judged(model, choice.output.as_deref())?;
-    let (missing, kept): (Vec<&str>, Vec<&str>) = missing.partition(|name| is_read(name, judged.graph()));
+    let mut missing: Vec<&str> =
+        parameters.iter().map(|one| one.name.as_str()).filter(|name| find(name).is_none()).collect();
+    let mut kept = Vec::new();
+    if !missing.is_empty() {
+        let judged = judged(model, choice.output.as_deref())?;
+        (missing, kept) = missing.into_iter().partition(|name| is_read(name, judged.graph()));
+    }
     if let Some(first) = missing.first() {
         let more = if missing.len() > 1 { format!(", nor {} others", missing.len() - 1) } else { String::new() };
         let has: Vec<&str> = checkpoint.keys().take(5).map(String::as_str).collect();
